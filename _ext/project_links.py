@@ -1,0 +1,32 @@
+"Make every link to the project from settings.ini, where owner and name stand once."
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+
+def set_links(app: Sphinx, config: Config) -> None:
+    parser = ConfigParser(delimiters=["="])
+    parser.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
+    settings = parser["DEFAULT"]
+    user, repo = settings["user"], settings["repo"]
+    config.html_baseurl = f"https://{user}.github.io/{repo}/"
+    config.notfound_urls_prefix = f"/{repo}/"
+    config.release = config.version = settings["version"]
+    config.copyright = settings["copyright"]
+    config.html_theme_options |= {
+        "repository_url": f"https://github.com/{user}/{repo}",
+        "repository_branch": settings["branch"],
+        "path_to_docs": settings["nbs_path"],
+        "use_repository_button": True,
+        "use_edit_page_button": True,
+        "use_issues_button": True,
+    }
+
+
+def setup(app: Sphinx) -> dict:
+    # Before the theme and sphinx-notfound-page look at the configuration.
+    app.connect("config-inited", set_links, priority=1)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
