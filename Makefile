@@ -1,0 +1,39 @@
+# make book, make test: each sets everything up by itself; Python 3.11 or newer is all they need.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: book serve test lock clean
+
+book: $(INSTALLED)
+	$(BIN)/nbdev_export
+	$(BIN)/jupyter-book build nbs --config _config.yml --toc "$(CURDIR)/_toc.yml" \
+		--path-output . -W -n --keep-going -q
+	@test -f _build/html/index.html
+	@echo "The book is in _build/html/index.html; 'make serve' opens it."
+
+serve: book
+	$(BIN)/python -m webbrowser -t http://localhost:8000
+	$(BIN)/python -m http.server 8000 --bind localhost --directory _build/html
+
+# The tests look at the built book.
+test: book
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/pytest tests
+
+# torch asks for the accelerator packages of its own build, where it has one.
+lock: $(INSTALLED)
+	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 \
+		--no-annotate --no-header --upgrade --refresh-package po-book -q \
+		| grep -v -E '^(cuda-|nvidia-|triton)' > requirements-dev.txt
+
+clean:
+	rm -rf _build build dist *.egg-info
+
+$(INSTALLED): requirements-dev.txt setup.py settings.ini
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+		"Python 3.11 or newer is needed: make PYTHON=/path/to/python")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@

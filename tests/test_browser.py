@@ -1,0 +1,132 @@
+"The site in a real browser, as a reader in light and in dark mode sees it."
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import toc_pages
+from playwright.sync_api import sync_playwright
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+# WCAG contrast of each visible piece of text against what lies behind it.
+LOW_CONTRAST = """() => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = color => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = c => c.slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = node => {
+    for (let n = node; n; n = n.parentElement) {
+      const color = rgba(getComputedStyle(n).backgroundColor);
+      if (color[3] > 250) return color;
+    }
+    return [255, 255, 255, 255];
+  };
+  const found = [];
+  for (const node of document.querySelectorAll('article p, article li, article td, article pre span, article h2')) {
+    if (!node.textContent.trim() || node.offsetParent === null) continue;
+    const [a, b] = [luminance(rgba(getComputedStyle(node).color)), luminance(behind(node))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.0) found.push(contrast.toFixed(1) + ' ' + node.textContent.slice(0, 60));
+  }
+  return found;
+}"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url(site):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, url):
+    "Open a page; everything it complained about and asked for is collected."
+    contexts = []
+
+    def open_page(name: str, mode: str):
+        context = browser.new_context(color_scheme=mode, viewport={"width": 1300, "height": 900})
+        contexts.append(context)
+        tab = context.new_page()
+        errors, elsewhere = [], []
+        tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda e: errors.append(str(e)))
+        tab.on("request", lambda r: None if r.url.startswith((url, "data:")) else elsewhere.append(r.url))
+        tab.goto(f"{url}/{name}.html", wait_until="networkidle")
+        return tab, errors, elsewhere
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("name", toc_pages())
+def test_a_page_renders_without_errors_and_alone(opened, name):
+    tab, errors, elsewhere = opened(name, "light")
+    wanted = tab.locator("article .math").count()
+    if wanted:
+        tab.wait_for_function(
+            "document.querySelectorAll('article mjx-container').length >= "
+            "document.querySelectorAll('article .math').length"
+        )
+    assert tab.locator("mjx-merror").count() == 0
+    assert errors == [] and elsewhere == []
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("name", toc_pages())
+def test_text_is_readable(opened, name, mode):
+    tab, _, _ = opened(name, mode)
+    assert tab.locator("html").get_attribute("data-theme") == mode
+    assert tab.evaluate(LOW_CONTRAST) == []
+
+
+def test_figures_follow_the_mode(opened):
+    "On black and on white, a figure's paper has the colour of the page."
+    for mode, dark in ("light", False), ("dark", True):
+        tab, _, _ = opened("00_figures", mode)
+        image = tab.locator("article .cell_output img").first
+        inverted = "invert" in image.evaluate("node => getComputedStyle(node).filter")
+        assert inverted == dark
+
+
+def test_search_finds_a_chapter(opened):
+    tab, errors, elsewhere = opened("search", "light")
+    tab.goto(tab.url + "?q=advantage")
+    tab.wait_for_selector("#search-results li a")
+    found = tab.locator("#search-results li a").all_text_contents()
+    assert any("Advantage" in text for text in found)
+    assert errors == [] and elsewhere == []
+
+
+def test_a_folded_solution_opens(opened):
+    tab, _, _ = opened("00_verify", "light")
+    solution = tab.locator("div.solution .toggle-button, div.solution summary, details.solution").first
+    assert solution.count() == 1

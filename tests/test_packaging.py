@@ -1,0 +1,64 @@
+"The wheel, alone in a new environment, as a user installs it."
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+
+import pytest
+from conftest import ROOT
+
+TRAIN = """
+from po_book.train import PPOConfig, train
+run = train("ppo", "CartPole-v1", config=PPOConfig(total_steps=2048))
+assert run.log[-1]["steps"] == 2048, run.log[-1]
+assert run.evaluate(episodes=10).shape == (10,)
+"""
+
+MODULES = """
+import importlib, pkgutil, sys, po_book
+for module in pkgutil.iter_modules(po_book.__path__):
+    importlib.import_module(f"po_book.{module.name}")
+unwanted = {"nbdev", "fastcore", "execnb", "pytest", "jupyter_book"} & set(sys.modules)
+assert not unwanted, unwanted
+"""
+
+
+def run(*command, **kwargs):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, **kwargs
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    "Python of an environment that holds the wheel and what the wheel asks for."
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy: a build/ left over in the checkout would end up in the wheel.
+    for name in "settings.ini", "setup.py", "README.md", "LICENSE":
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "po_book", folder / "po_book")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder, folder)
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    locked = ROOT / "requirements-dev.txt"
+    run(python, "-m", "pip", "install", "-q", "--no-compile", "-c", locked, wheel)
+    return python
+
+
+def test_every_module_imports_without_development_dependencies(python, tmp_path):
+    run(python, "-c", MODULES, cwd=tmp_path)
+
+
+def test_ppo_trains(python, tmp_path):
+    run(python, "-c", TRAIN, cwd=tmp_path)
+
+
+def test_importing_the_package_is_free(python, tmp_path):
+    code = "import po_book, sys; assert po_book.__version__; assert 'torch' not in sys.modules"
+    run(python, "-c", code, cwd=tmp_path)

@@ -1,0 +1,99 @@
+"What a reader gets: every page, nothing leaked, nothing broken, nobody else asked."
+
+import re
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import SITE, toc_pages
+
+# The last two are made by sphinx-notfound-page and by Sphinx.
+PAGES = [*toc_pages(), "404", "search"]
+LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src"}
+
+
+class Page(HTMLParser):
+    "Ids, links and loaded resources of a page, and its text without scripts."
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.ids, self.links, self.loaded, self.text = set(), [], [], []
+        self._silent = 0
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self._silent += tag in ("script", "style")
+        self.ids |= {attrs["id"]} if "id" in attrs else set()
+        if tag == "a" and attrs.get("href"):
+            self.links.append(attrs["href"])
+        if attrs.get(LOADING.get(tag, "")):
+            self.loaded.append(attrs[LOADING[tag]])
+        if tag == "link" and attrs.get("rel") not in ("canonical", "search", "next", "prev"):
+            self.loaded.append(attrs.get("href", ""))
+
+    def handle_endtag(self, tag):
+        self._silent -= tag in ("script", "style")
+
+    def handle_data(self, data):
+        if not self._silent:
+            self.text.append(data)
+
+
+@cache
+def page(path: Path) -> Page:
+    return Page(path)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_exists(site, name):
+    assert (site / f"{name}.html").stat().st_size > 2000
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_directive_leaks(site, name):
+    text = "".join(page(site / f"{name}.html").text)
+    assert not re.search(r"#\s*\|\s*(export|hide|default_exp|echo|code-fold|slow|cuda)", text)
+    assert not re.search(r"^:::|\{(eq|ref|cite:?\w*|prf:\w+)\}`", text.replace("{eq}`eq-", ""), re.M)
+    assert "google.colab" not in text
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_is_loaded_from_elsewhere(site, name):
+    for url in page(site / f"{name}.html").loaded:
+        assert not urlsplit(url).netloc, url
+
+
+@pytest.mark.parametrize("name", [p for p in PAGES if p != "404"])
+def test_internal_links_lead_somewhere(site, name):
+    path = site / f"{name}.html"
+    for link in page(path).links:
+        parts = urlsplit(link)
+        if parts.scheme or parts.netloc:
+            continue
+        target = (path.parent / unquote(parts.path)) if parts.path else path
+        assert target.exists(), link
+        if parts.fragment and target.suffix == ".html":
+            assert unquote(parts.fragment) in page(target.resolve()).ids, link
+
+
+@pytest.mark.parametrize("name", [p for p in toc_pages() if p[0] in "0123456789i"])
+def test_a_chapter_can_be_opened_in_colab_and_edited(site, name):
+    links = page(site / f"{name}.html").links
+    assert any("colab.research.google.com/github/" in link for link in links)
+    assert any(f"/edit/main/nbs/{name}.ipynb" in link for link in links)
+
+
+def test_no_check_failed_silently(site):
+    "Every `holds` and `refuted` of a chapter has left its badge on the page."
+    for name in toc_pages():
+        notebook = SITE.parent.parent / "nbs" / f"{name}.ipynb"
+        if notebook.exists() and "import holds" in notebook.read_text(encoding="utf-8"):
+            assert "po-verdict" in (site / f"{name}.html").read_text(encoding="utf-8"), name
+
+
+def test_figures_are_vector_graphics(site):
+    images = [p for p in (site / "_images").iterdir() if p.suffix in (".png", ".svg")]
+    assert images and all(p.suffix == ".svg" for p in images)

@@ -1,0 +1,64 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from po_book.verify import holds, refuted
+
+
+@pytest.mark.parametrize("check", [holds, refuted])
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ([[1.0, 2.0]], [1.0, 2.0]),
+        ([1.0], 1.0),
+        (torch.zeros(2, 1), torch.zeros(1, 2)),
+        ([], []),
+        (math.nan, math.nan),
+        ([1.0, math.nan], [1.0, 2.0]),
+        (math.inf, math.inf),
+    ],
+)
+def test_what_cannot_be_compared_never_passes(check, a, b):
+    with pytest.raises(ValueError, match="lhs|rhs|wrong|right"):
+        check("claim", a, b)
+
+
+@pytest.mark.parametrize(
+    "value", [1.5, 2, [1.5, 2.0], np.float32([1.5]), torch.tensor([[1.5]]).bfloat16()]
+)
+def test_kinds_of_values(value):
+    copy = torch.as_tensor(value).double().numpy()
+    holds("equal to its float64 copy", value, copy, atol=0)
+    refuted("one more", value, copy + 1)
+
+
+def test_gradients_are_not_in_the_way():
+    holds("a leaf", torch.ones(2, requires_grad=True), [1.0, 1.0])
+
+
+def test_the_tolerance_decides():
+    holds("within", 1.0, 1.0 + 5e-11)
+    with pytest.raises(AssertionError, match="within.*error 5e-11"):
+        holds("within", 1.0, 1.0 + 5e-11, atol=1e-12)
+    with pytest.raises(AssertionError, match="agree"):
+        refuted("within", 1.0, 1.0 + 5e-11)
+
+
+def test_the_largest_error_is_shown(capsys):
+    holds("sum", [1.0, 2.0], [1.0, 2.25], atol=0.5, source="S1.1")
+    assert capsys.readouterr().out == "holds: sum · largest error 2.5e-01 · S1.1\n"
+
+
+def test_both_numbers_are_shown(capsys):
+    refuted("sum", 1.0, 2.0, source="S1.1")
+    assert capsys.readouterr().out == "refuted: sum · gives `1.`, right is `2.` · S1.1\n"
+
+
+def test_of_many_numbers_the_worst_pair_is_shown(capsys):
+    wrong = np.zeros(100)
+    right = np.zeros(100)
+    right[7] = 3.0
+    refuted("vector", wrong, right)
+    assert "gives `0.`, right is `3.`" in capsys.readouterr().out
