@@ -1,10 +1,15 @@
-"""Policy gradients against the oracle: exact means, variances, invariances, bad input."""
+"""Policy gradients against the oracle: exact means, variances, bad input."""
 
 import numpy as np
 import pytest
 import torch
 
-from po_book.mdp import corridor, enumerate_trajectories, random_mdp, sample_trajectories
+from po_book.mdp import (
+    corridor,
+    enumerate_trajectories,
+    random_mdp,
+    sample_trajectories,
+)
 from po_book.policy_gradient import (
     gradient_samples,
     mean_and_variance,
@@ -120,7 +125,8 @@ def test_sampled_mean_is_within_its_standard_error():
     n = 20_000
     sampled = sample_trajectories(mdp, pi, n, T, torch.Generator().manual_seed(0))
     found, exactly = (
-        moments(pi, x, DISCOUNT * reward_to_go(x.rewards, GAMMA)) for x in (sampled, batch)
+        moments(pi, x, DISCOUNT * reward_to_go(x.rewards, GAMMA))
+        for x in (sampled, batch)
     )
     (mean, measured), (_, variance) = found, exactly
     assert (mean - exact).norm() < 4 * (variance / n).sqrt()
