@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
+# The tensors are small: a second thread would mostly wait, and longer on a busy machine.
+export OMP_NUM_THREADS := 1
+
 .PHONY: book serve test lock clean
 
 book: $(INSTALLED)

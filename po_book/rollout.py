@@ -6,7 +6,7 @@
 __all__ = ['mlp', 'ActorCritic', 'CategoricalPolicy', 'GaussianPolicy', 'make_policy', 'Rollout', 'Stepper', 'collect',
            'collect_episodes', 'evaluate']
 
-# %% ../nbs/08_rollout.ipynb #9fd8edab
+# %% ../nbs/08_rollout.ipynb #256639dc
 import math
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/08_rollout.ipynb #2c058a07
+# %% ../nbs/08_rollout.ipynb #4cad2135
 def mlp(
     sizes: list[int],          # widths, from input to output
     gain: float,               # scale of the last layer's weights
@@ -35,7 +35,7 @@ def mlp(
         layers += [layer] if last else [layer, nn.Tanh()]
     return nn.Sequential(*layers)
 
-# %% ../nbs/08_rollout.ipynb #00845e3d
+# %% ../nbs/08_rollout.ipynb #6b7c3fe0
 class ActorCritic(nn.Module):
     "Two separate networks; subclasses say what distribution the actor's output means."
 
@@ -54,7 +54,7 @@ class ActorCritic(nn.Module):
         "Critic's estimate $V_\\phi(s)$."
         return self.critic(obs).squeeze(-1)
 
-# %% ../nbs/08_rollout.ipynb #c2254108
+# %% ../nbs/08_rollout.ipynb #3bafc9c8
 class CategoricalPolicy(ActorCritic):
     "Policy over a finite set of actions, {eq}`eq-categorical`."
 
@@ -73,7 +73,7 @@ class CategoricalPolicy(ActorCritic):
         entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #a9301891
+# %% ../nbs/08_rollout.ipynb #2615cee6
 class GaussianPolicy(ActorCritic):
     "Diagonal Gaussian over real vectors, {eq}`eq-gaussian`."
 
@@ -104,7 +104,7 @@ class GaussianPolicy(ActorCritic):
         entropy = (log_norm + 0.5).sum().expand(z.shape[:-1])
         return -(0.5 * z**2 + log_norm).sum(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #34a51ee6
+# %% ../nbs/08_rollout.ipynb #96e3cfb1
 def make_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -124,7 +124,7 @@ def make_policy(
         return GaussianPolicy(obs_dim, math.prod(space.shape), hidden, generator)
     raise ValueError(f"action space must be Discrete or a Box, got {space}")
 
-# %% ../nbs/08_rollout.ipynb #2296be43
+# %% ../nbs/08_rollout.ipynb #ce58b202
 @dataclass(frozen=True)
 class Rollout:
     "Transitions of `N` environments over `T` steps, time-major."
@@ -143,7 +143,7 @@ class Rollout:
         "True where the next row belongs to another episode."
         return self.terminated | self.truncated
 
-# %% ../nbs/08_rollout.ipynb #c6411731
+# %% ../nbs/08_rollout.ipynb #c7d65e8b
 def _to_tensor(obs: np.ndarray, device: torch.device) -> Float[Tensor, "N D"]:
     "A copy of all observations as one float32 matrix on `device`."
     return torch.tensor(obs, dtype=torch.float32, device=device).flatten(1)
@@ -157,7 +157,7 @@ def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
     shaped = array.reshape(len(array), *space.shape)
     return np.clip(shaped, space.low, space.high).astype(space.dtype)
 
-# %% ../nbs/08_rollout.ipynb #3c4f6b54
+# %% ../nbs/08_rollout.ipynb #761eb886
 class Stepper:
     """A vector environment that hands out true transitions, however it restarts.
 
@@ -217,7 +217,7 @@ class Stepper:
             self.finished.extend(self.returns[done])
             self.returns[done] = 0
 
-# %% ../nbs/08_rollout.ipynb #39a96e5e
+# %% ../nbs/08_rollout.ipynb #a47a0211
 @torch.no_grad()
 def collect(
     policy: CategoricalPolicy | GaussianPolicy,
@@ -232,7 +232,7 @@ def collect(
         rows.append((obs, actions, *stepper.step(actions)))
     return _rollout(policy, rows)
 
-# %% ../nbs/08_rollout.ipynb #24f8b5ec
+# %% ../nbs/08_rollout.ipynb #9bbc5e08
 def _rollout(policy: CategoricalPolicy | GaussianPolicy, rows: list[tuple]) -> Rollout:
     "The table made of rows (obs, actions, next_obs, rewards, terminated, truncated, valid)."
     obs, actions, next_obs, *arrays = zip(*rows)
@@ -241,7 +241,7 @@ def _rollout(policy: CategoricalPolicy | GaussianPolicy, rows: list[tuple]) -> R
     logp, _ = policy.evaluate(obs, actions)
     return Rollout(obs, actions, logp, rewards.float(), next_obs, *flags)
 
-# %% ../nbs/08_rollout.ipynb #2bf21b34
+# %% ../nbs/08_rollout.ipynb #1a471b74
 @torch.no_grad()
 def collect_episodes(
     policy: CategoricalPolicy | GaussianPolicy,
@@ -259,7 +259,7 @@ def collect_episodes(
         alive = alive & ~(terminated | truncated)
     return _rollout(policy, rows)
 
-# %% ../nbs/08_rollout.ipynb #4de98d31
+# %% ../nbs/08_rollout.ipynb #9be5eba3
 def evaluate(
     policy: CategoricalPolicy | GaussianPolicy,
     env_id: str,          # a registered gymnasium environment
