@@ -22,12 +22,12 @@ serve: book
 # The tests look at the built book.
 test: book
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/pytest tests
+	$(BIN)/pytest
 
 # torch asks for the accelerator packages of its own build, where it has one.
 lock: $(INSTALLED)
 	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 \
-		--no-annotate --no-header --upgrade --refresh-package po-book -q \
+		--no-annotate --no-header --upgrade -q \
 		| grep -v -E '^(cuda-|nvidia-|triton)' > requirements-dev.txt
 
 clean:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'book_style', 'spread']
 
-# %% ../nbs/00_figures.ipynb #52528247
+# %% ../nbs/00_figures.ipynb #d1ff3010
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-# %% ../nbs/00_figures.ipynb #020831c7
+# %% ../nbs/00_figures.ipynb #e2d0541c
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 STYLE = {
@@ -28,7 +28,7 @@ STYLE = {
     "lines.linewidth": 1.6,
 }
 
-# %% ../nbs/00_figures.ipynb #e40f53e6
+# %% ../nbs/00_figures.ipynb #600bd232
 def book_style() -> None:
     "Draw every following figure in the style of the book; in a notebook, as SVG."
     plt.rcParams.update(STYLE)
@@ -38,14 +38,14 @@ def book_style() -> None:
         return
     set_matplotlib_formats("svg")
 
-# %% ../nbs/00_figures.ipynb #a4b76564
+# %% ../nbs/00_figures.ipynb #94632a15
 def spread(
     ax: Axes,
     x: ArrayLike,     # common horizontal positions, [points]
     runs: ArrayLike,  # one row a run, [runs, points]
     label: str,       # name in the legend
 ) -> None:
-    """Draw the median of `runs` over `x`, and shade from their minimum to their maximum.
+    """Draw the median of `runs` over `x`, shaded from their minimum to their maximum.
 
     Raises: `ValueError` if `runs` is not [runs, points] with as many points as `x`.
     """
@@ -53,4 +53,5 @@ def spread(
     if runs.ndim != 2 or runs.shape[1:] != x.shape:
         raise ValueError(f"runs must be [runs, {x.size}], got {list(runs.shape)}")
     (line,) = ax.plot(x, np.median(runs, axis=0), label=f"{label} (n={len(runs)})")
-    ax.fill_between(x, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.2, lw=0)
+    low, high, color = runs.min(0), runs.max(0), line.get_color()
+    ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)

@@ -6,9 +6,10 @@
 __all__ = ['ALGORITHMS', 'Config', 'Run', 'Learner', 'ReinforceConfig', 'reinforce_iteration', 'PPOConfig', 'ppo_batch',
            'ppo_iteration', 'train']
 
-# %% ../nbs/09_cartpole.ipynb #ea0cbcfc
+# %% ../nbs/09_cartpole.ipynb #b2cc75da
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from time import perf_counter
 
 import gymnasium as gym
@@ -21,8 +22,7 @@ from .advantage import discounted_returns, gae, normalize
 from .policy_gradient import reinforce_loss
 from .ppo import ppo_loss
 from po_book.rollout import (
-    CategoricalPolicy,
-    GaussianPolicy,
+    Policy,
     Rollout,
     Stepper,
     collect,
@@ -31,7 +31,7 @@ from po_book.rollout import (
     make_policy,
 )
 
-# %% ../nbs/09_cartpole.ipynb #3429dd80
+# %% ../nbs/09_cartpole.ipynb #5161cc6e
 @dataclass(frozen=True)
 class Config:
     "What every algorithm needs to know."
@@ -58,7 +58,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/09_cartpole.ipynb #4996798c
+# %% ../nbs/09_cartpole.ipynb #fdfe1bfd
 @dataclass
 class Run:
     "A training run: what was asked, what was learned, what was seen."
@@ -67,7 +67,7 @@ class Run:
     env_id: str
     seed: int
     config: Config
-    policy: CategoricalPolicy | GaussianPolicy
+    policy: Policy
     log: list[dict[str, float]] = field(default_factory=list)  # a row an iteration
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
@@ -79,24 +79,28 @@ class Run:
         "Return of each of `episodes` fresh episodes, actions sampled."
         return evaluate(self.policy, self.env_id, episodes, seed)
 
-# %% ../nbs/09_cartpole.ipynb #db3709fa
+# %% ../nbs/09_cartpole.ipynb #4841c0b1
 @dataclass
 class Learner:
     "The moving parts of a run."
 
-    policy: CategoricalPolicy | GaussianPolicy
+    policy: Policy
     optimizer: torch.optim.Optimizer
     stepper: Stepper
     generator: torch.Generator  # of actions and minibatches, on the policy's device
 
-    def step(self, loss: Float[Tensor, ""], max_grad_norm: float = float("inf")) -> None:
+    def step(
+        self,
+        loss: Float[Tensor, ""],
+        max_grad_norm: float = inf,  # a longer gradient is scaled down to it
+    ) -> None:
         "One gradient step that makes `loss` smaller."
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
         self.optimizer.step()
 
-# %% ../nbs/09_cartpole.ipynb #c23abc5f
+# %% ../nbs/09_cartpole.ipynb #c724df10
 @dataclass(frozen=True)
 class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
@@ -104,7 +108,7 @@ class ReinforceConfig(Config):
     lr: float = 5e-3
     gamma: float = 0.99
 
-# %% ../nbs/09_cartpole.ipynb #67957f88
+# %% ../nbs/09_cartpole.ipynb #8cddc5df
 def reinforce_iteration(
     learner: Learner,
     config: ReinforceConfig,
@@ -120,11 +124,12 @@ def reinforce_iteration(
     mean_entropy = entropy[rollout.valid].mean().detach()
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
-# %% ../nbs/09_cartpole.ipynb #e95037f4
+# %% ../nbs/09_cartpole.ipynb #2dee1bd2
 @dataclass(frozen=True)
 class PPOConfig(Config):
     "Settings of PPO."
 
+    total_steps: int = 50_000
     n_steps: int = 64           # steps of every environment an iteration
     epochs: int = 8             # passes over the rollout
     minibatch: int = 256        # transitions a gradient step
@@ -143,10 +148,10 @@ class PPOConfig(Config):
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
 
-# %% ../nbs/09_cartpole.ipynb #aa7da701
+# %% ../nbs/09_cartpole.ipynb #bce9fa86
 @torch.no_grad()
 def ppo_batch(
-    policy: CategoricalPolicy | GaussianPolicy, rollout: Rollout, gamma: float, lam: float
+    policy: Policy, rollout: Rollout, gamma: float, lam: float
 ) -> dict[str, Tensor]:
     "The transitions of a rollout in one long row, with advantages and value targets."
     values = policy.value(rollout.obs)
@@ -168,7 +173,7 @@ def ppo_batch(
     }
     return {name: column[rollout.valid] for name, column in table.items()}
 
-# %% ../nbs/09_cartpole.ipynb #d4091827
+# %% ../nbs/09_cartpole.ipynb #04c722ad
 def _minibatches(
     batch: dict[str, Tensor], size: int, generator: torch.Generator
 ) -> list[dict[str, Tensor]]:
@@ -178,7 +183,7 @@ def _minibatches(
     parts = order.tensor_split(-(-rows // size))
     return [{name: column[part] for name, column in batch.items()} for part in parts]
 
-# %% ../nbs/09_cartpole.ipynb #59ae3d9e
+# %% ../nbs/09_cartpole.ipynb #17eaafb9
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
@@ -212,13 +217,13 @@ def ppo_iteration(
             history.append(metrics)
     return rollout, {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
 
-# %% ../nbs/09_cartpole.ipynb #a1b06b64
+# %% ../nbs/09_cartpole.ipynb #1f8df6db
 ALGORITHMS: dict[str, tuple[type[Config], Callable]] = {
     "reinforce": (ReinforceConfig, reinforce_iteration),
     "ppo": (PPOConfig, ppo_iteration),
 }
 
-# %% ../nbs/09_cartpole.ipynb #6719d6bf
+# %% ../nbs/09_cartpole.ipynb #bd6eba79
 def _checked_config(algorithm: str, config: Config | None) -> Config:
     "`config`, or the default of `algorithm`; refused if it belongs to another one."
     if algorithm not in ALGORITHMS:
@@ -230,9 +235,9 @@ def _checked_config(algorithm: str, config: Config | None) -> Config:
         raise ValueError(f"config of {algorithm} must be a {kind.__name__}, got {got}")
     return config or kind()
 
-# %% ../nbs/09_cartpole.ipynb #c2fe60d0
+# %% ../nbs/09_cartpole.ipynb #ba694ebe
 def _learner(env_id: str, seed: int, device: torch.device, config: Config) -> Learner:
-    "A new policy with its optimiser and environments; all randomness comes from `seed`."
+    "A new policy, its optimiser and environments; all randomness comes from `seed`."
     env = gym.make_vec(env_id, num_envs=config.n_envs)
     # Weights are drawn on the CPU, so a seed starts the same policy on every device.
     weights = torch.Generator().manual_seed(seed)
@@ -241,7 +246,7 @@ def _learner(env_id: str, seed: int, device: torch.device, config: Config) -> Le
     generator = torch.Generator(device).manual_seed(seed)
     return Learner(policy, optimizer, Stepper(env, device, seed), generator)
 
-# %% ../nbs/09_cartpole.ipynb #14483f48
+# %% ../nbs/09_cartpole.ipynb #b9b544c4
 def _recent_return(stepper: Stepper) -> dict[str, float]:
     "Mean return of the latest hundred training episodes, once one has ended."
     latest = stepper.finished[-100:]
@@ -253,32 +258,32 @@ def _fresh_score(run: Run, steps: int) -> float:
     seed = 1_000_000 * (run.seed + 1) + steps
     return run.evaluate(run.config.eval_episodes, seed).mean().item()
 
-# %% ../nbs/09_cartpole.ipynb #0248b7e9
+# %% ../nbs/09_cartpole.ipynb #5345725a
 def train(
     algorithm: str,  # a key of `ALGORITHMS`
     env_id: str,     # a registered gymnasium environment
     *,
     seed: int = 0,   # of weights, environments and actions
     device: torch.device | str = "cpu",  # of the policy; environments stay on the CPU
-    config: Config | None = None,        # default settings of the algorithm if not given
+    config: Config | None = None,        # None: the algorithm's defaults
     progress: bool = True,               # show a progress bar
 ) -> Run:
     """Train `algorithm` on `env_id`.
 
-    A row of the log has the transitions so far (`steps`), the seconds spent learning
-    (scores excluded), the mean return of the latest hundred training episodes (`return`),
-    the algorithm's metrics, and `score` where one was due. The same seed on the same
+    A row of the log has the transitions so far (`steps`), the `seconds` spent on
+    collecting and learning, the mean `return` of the latest hundred training episodes,
+    the algorithm's metrics, and a `score` where one was due. The same seed on the same
     device gives the same run.
 
-    Raises: `ValueError` if the algorithm is unknown, if `config` belongs to another one,
-    or if the environment's spaces do not fit a policy; `gymnasium.error.Error` if the
+    Raises: `ValueError` if the algorithm is unknown, if `config` belongs to another,
+    or if no policy fits the environment's spaces; `gymnasium.error.Error` if the
     environment is not registered.
     """
     config = _checked_config(algorithm, config)
     iteration = ALGORITHMS[algorithm][1]
     learner = _learner(env_id, seed, torch.device(device), config)
     run = Run(algorithm, env_id, seed, config, learner.policy)
-    bar = tqdm(total=config.total_steps, disable=not progress, unit="step", desc=algorithm)
+    bar = tqdm(desc=algorithm, total=config.total_steps, disable=not progress)
     steps, seconds, next_score = 0, 0.0, config.eval_every
     while steps < config.total_steps:
         start = perf_counter()
@@ -293,7 +298,7 @@ def train(
         run.log.append(row)
         bar.set_postfix({k: f"{row[k]:.0f}" for k in ("return", "score") if k in row})
         bar.update(min(steps, config.total_steps) - bar.n)
-        if config.solved_at is not None and row.get("score", -torch.inf) >= config.solved_at:
+        if config.solved_at is not None and row.get("score", -inf) >= config.solved_at:
             break
     bar.close()
     learner.stepper.env.close()

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['holds', 'refuted']
 
-# %% ../nbs/00_verify.ipynb #c96ec4df
+# %% ../nbs/00_verify.ipynb #54b2267b
 import sys
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-# %% ../nbs/00_verify.ipynb #1090f450
+# %% ../nbs/00_verify.ipynb #3ec585b0
 def _as_array(name: str, value: ArrayLike) -> np.ndarray:
     "`value` in float64, refused unless it has entries and all are finite."
     if hasattr(value, "detach"):
@@ -23,7 +23,7 @@ def _as_array(name: str, value: ArrayLike) -> np.ndarray:
         raise ValueError(f"{name} has NaN or infinite entries: {array}")
     return array
 
-# %% ../nbs/00_verify.ipynb #e3b9e807
+# %% ../nbs/00_verify.ipynb #887c235a
 def _pair(
     left: tuple[str, ArrayLike], right: tuple[str, ArrayLike]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +34,7 @@ def _pair(
         raise ValueError(f"{a_name} has shape {a.shape} but {b_name} has {b.shape}")
     return a, b
 
-# %% ../nbs/00_verify.ipynb #118b8789
+# %% ../nbs/00_verify.ipynb #ba9d0e4b
 def _show(verdict: str, claim: str, evidence: str, source: str | None) -> None:
     "Display one checked claim with its evidence and its source."
     tail = f" · {source}" if source else ""
@@ -49,7 +49,7 @@ def _show(verdict: str, claim: str, evidence: str, source: str | None) -> None:
     markdown = f"{badge} {claim} · {evidence}{tail}"
     display({"text/markdown": markdown, "text/plain": plain}, raw=True)
 
-# %% ../nbs/00_verify.ipynb #e8078565
+# %% ../nbs/00_verify.ipynb #1017c408
 def holds(
     claim: str,           # what is equal, in words
     lhs: ArrayLike,       # one side
@@ -69,15 +69,16 @@ def holds(
         raise AssertionError(f"does not hold: {claim} · error {error:.3g} > {atol:g}")
     _show("holds", claim, f"largest error {error:.1e}", source)
 
-# %% ../nbs/00_verify.ipynb #30b2dc78
+# %% ../nbs/00_verify.ipynb #e40a6440
 def _number_pair(wrong: np.ndarray, right: np.ndarray) -> tuple[str, str]:
     "The two values in print, cut to the entry that differs most if there are many."
     if wrong.size > 6:
         worst = np.unravel_index(np.abs(wrong - right).argmax(), wrong.shape)
         wrong, right = wrong[worst], right[worst]
-    return tuple(np.array2string(v, precision=4, separator=", ") for v in (wrong, right))
+    style = {"precision": 4, "separator": ", "}
+    return np.array2string(wrong, **style), np.array2string(right, **style)
 
-# %% ../nbs/00_verify.ipynb #1582330d
+# %% ../nbs/00_verify.ipynb #a1b8e337
 def refuted(
     claim: str,           # the statement that is wrong, in words
     wrong: ArrayLike,     # the value it gives

@@ -39,7 +39,7 @@ def python(tmp_path_factory):
     "Python of an environment that holds the wheel and what the wheel asks for."
     folder = tmp_path_factory.mktemp("wheel")
     # From a copy: a build/ left over in the checkout would end up in the wheel.
-    for name in "settings.ini", "setup.py", "README.md", "LICENSE":
+    for name in "pyproject.toml", "settings.ini", "setup.py", "README.md", "LICENSE":
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "po_book", folder / "po_book")
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder, folder)
