@@ -6,7 +6,7 @@
 __all__ = ['Policy', 'mlp', 'ActorCritic', 'CategoricalPolicy', 'GaussianPolicy', 'make_policy', 'Rollout', 'Stepper', 'collect',
            'collect_episodes', 'evaluate']
 
-# %% ../nbs/08_rollout.ipynb #f7f434c6
+# %% ../nbs/08_rollout.ipynb #fa166c56
 import math
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/08_rollout.ipynb #0a13c0d8
+# %% ../nbs/08_rollout.ipynb #a9b5d219
 def mlp(
     sizes: list[int],          # widths, from input to output
     gain: float,               # scale of the last layer's weights
@@ -35,7 +35,7 @@ def mlp(
         layers += [layer] if last else [layer, nn.Tanh()]
     return nn.Sequential(*layers)
 
-# %% ../nbs/08_rollout.ipynb #149323f4
+# %% ../nbs/08_rollout.ipynb #36603caa
 class ActorCritic(nn.Module):
     "Two separate networks; subclasses say what distribution the actor's output means."
 
@@ -54,7 +54,7 @@ class ActorCritic(nn.Module):
         "Critic's estimate $V_\\phi(s)$."
         return self.critic(obs).squeeze(-1)
 
-# %% ../nbs/08_rollout.ipynb #b85412b9
+# %% ../nbs/08_rollout.ipynb #f588626b
 class CategoricalPolicy(ActorCritic):
     "Policy over a finite set of actions, {eq}`eq-categorical`."
 
@@ -73,7 +73,7 @@ class CategoricalPolicy(ActorCritic):
         entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #13340897
+# %% ../nbs/08_rollout.ipynb #11545361
 class GaussianPolicy(ActorCritic):
     "Diagonal Gaussian over real vectors, {eq}`eq-gaussian`."
 
@@ -104,10 +104,10 @@ class GaussianPolicy(ActorCritic):
         entropy = (log_norm + 0.5).sum().expand(z.shape[:-1])
         return -(0.5 * z**2 + log_norm).sum(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #5591453f
+# %% ../nbs/08_rollout.ipynb #6f992a1b
 Policy = CategoricalPolicy | GaussianPolicy
 
-# %% ../nbs/08_rollout.ipynb #c0e4e953
+# %% ../nbs/08_rollout.ipynb #acd56534
 def make_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -127,7 +127,7 @@ def make_policy(
         return GaussianPolicy(obs_dim, math.prod(space.shape), hidden, generator)
     raise ValueError(f"action space must be Discrete or a Box, got {space}")
 
-# %% ../nbs/08_rollout.ipynb #ac3cf403
+# %% ../nbs/08_rollout.ipynb #21d8364c
 @dataclass(frozen=True)
 class Rollout:
     "Transitions of `N` environments over `T` steps, time-major."
@@ -146,7 +146,7 @@ class Rollout:
         "True where the next row belongs to another episode."
         return self.terminated | self.truncated
 
-# %% ../nbs/08_rollout.ipynb #7f5aa5b3
+# %% ../nbs/08_rollout.ipynb #7fb6da2b
 def _to_tensor(obs: np.ndarray, device: torch.device) -> Float[Tensor, "N D"]:
     "A copy of all observations as one float32 matrix on `device`."
     return torch.tensor(obs, dtype=torch.float32, device=device).flatten(1)
@@ -160,7 +160,7 @@ def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
     shaped = array.reshape(len(array), *space.shape)
     return np.clip(shaped, space.low, space.high).astype(space.dtype)
 
-# %% ../nbs/08_rollout.ipynb #bf1ac3a0
+# %% ../nbs/08_rollout.ipynb #3e55d21f
 class Stepper:
     """A vector environment that hands out true transitions, however it restarts.
 
@@ -217,10 +217,10 @@ class Stepper:
     def _add_up(self, rewards: np.ndarray, done: np.ndarray) -> None:
         self.returns += rewards
         if done.any():
-            self.finished.extend(self.returns[done])
+            self.finished.extend(self.returns[done].tolist())
             self.returns[done] = 0
 
-# %% ../nbs/08_rollout.ipynb #84d0e871
+# %% ../nbs/08_rollout.ipynb #5fd89023
 @torch.no_grad()
 def collect(
     policy: Policy,
@@ -235,7 +235,7 @@ def collect(
         rows.append((obs, actions, *stepper.step(actions)))
     return _rollout(policy, rows)
 
-# %% ../nbs/08_rollout.ipynb #43ec2537
+# %% ../nbs/08_rollout.ipynb #e38487cb
 def _rollout(policy: Policy, rows: list[tuple]) -> Rollout:
     "The table of rows (obs, actions, next_obs, rewards, terminated, truncated, valid)."
     obs, actions, next_obs, *arrays = zip(*rows)
@@ -244,7 +244,7 @@ def _rollout(policy: Policy, rows: list[tuple]) -> Rollout:
     logp, _ = policy.evaluate(obs, actions)
     return Rollout(obs, actions, logp, rewards.float(), next_obs, *flags)
 
-# %% ../nbs/08_rollout.ipynb #7bd87bb8
+# %% ../nbs/08_rollout.ipynb #9589ce29
 @torch.no_grad()
 def collect_episodes(
     policy: Policy,
@@ -262,7 +262,7 @@ def collect_episodes(
         alive = alive & ~(terminated | truncated)
     return _rollout(policy, rows)
 
-# %% ../nbs/08_rollout.ipynb #c44dc1a2
+# %% ../nbs/08_rollout.ipynb #f9e23b97
 def evaluate(
     policy: Policy,
     env_id: str,          # a registered gymnasium environment

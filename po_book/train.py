@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHMS', 'Config', 'Run', 'Learner', 'ReinforceConfig', 'reinforce_iteration', 'PPOConfig', 'ppo_batch',
            'ppo_iteration', 'train']
 
-# %% ../nbs/09_cartpole.ipynb #b2cc75da
+# %% ../nbs/09_cartpole.ipynb #c479c975
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
@@ -31,7 +31,7 @@ from po_book.rollout import (
     make_policy,
 )
 
-# %% ../nbs/09_cartpole.ipynb #5161cc6e
+# %% ../nbs/09_cartpole.ipynb #fadac68b
 @dataclass(frozen=True)
 class Config:
     "What every algorithm needs to know."
@@ -58,7 +58,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/09_cartpole.ipynb #fdfe1bfd
+# %% ../nbs/09_cartpole.ipynb #a2d21105
 @dataclass
 class Run:
     "A training run: what was asked, what was learned, what was seen."
@@ -79,7 +79,7 @@ class Run:
         "Return of each of `episodes` fresh episodes, actions sampled."
         return evaluate(self.policy, self.env_id, episodes, seed)
 
-# %% ../nbs/09_cartpole.ipynb #4841c0b1
+# %% ../nbs/09_cartpole.ipynb #5b172a29
 @dataclass
 class Learner:
     "The moving parts of a run."
@@ -100,7 +100,7 @@ class Learner:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
         self.optimizer.step()
 
-# %% ../nbs/09_cartpole.ipynb #c724df10
+# %% ../nbs/09_cartpole.ipynb #6c0470e9
 @dataclass(frozen=True)
 class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
@@ -108,7 +108,7 @@ class ReinforceConfig(Config):
     lr: float = 5e-3
     gamma: float = 0.99
 
-# %% ../nbs/09_cartpole.ipynb #8cddc5df
+# %% ../nbs/09_cartpole.ipynb #4a24b14b
 def reinforce_iteration(
     learner: Learner,
     config: ReinforceConfig,
@@ -124,7 +124,7 @@ def reinforce_iteration(
     mean_entropy = entropy[rollout.valid].mean().detach()
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
-# %% ../nbs/09_cartpole.ipynb #2dee1bd2
+# %% ../nbs/09_cartpole.ipynb #3bf22e09
 @dataclass(frozen=True)
 class PPOConfig(Config):
     "Settings of PPO."
@@ -148,7 +148,7 @@ class PPOConfig(Config):
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
 
-# %% ../nbs/09_cartpole.ipynb #bce9fa86
+# %% ../nbs/09_cartpole.ipynb #b823d6af
 @torch.no_grad()
 def ppo_batch(
     policy: Policy, rollout: Rollout, gamma: float, lam: float
@@ -173,7 +173,7 @@ def ppo_batch(
     }
     return {name: column[rollout.valid] for name, column in table.items()}
 
-# %% ../nbs/09_cartpole.ipynb #04c722ad
+# %% ../nbs/09_cartpole.ipynb #93ff2b66
 def _minibatches(
     batch: dict[str, Tensor], size: int, generator: torch.Generator
 ) -> list[dict[str, Tensor]]:
@@ -183,7 +183,7 @@ def _minibatches(
     parts = order.tensor_split(-(-rows // size))
     return [{name: column[part] for name, column in batch.items()} for part in parts]
 
-# %% ../nbs/09_cartpole.ipynb #17eaafb9
+# %% ../nbs/09_cartpole.ipynb #34440fba
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
@@ -217,13 +217,13 @@ def ppo_iteration(
             history.append(metrics)
     return rollout, {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
 
-# %% ../nbs/09_cartpole.ipynb #1f8df6db
+# %% ../nbs/09_cartpole.ipynb #33e35bac
 ALGORITHMS: dict[str, tuple[type[Config], Callable]] = {
     "reinforce": (ReinforceConfig, reinforce_iteration),
     "ppo": (PPOConfig, ppo_iteration),
 }
 
-# %% ../nbs/09_cartpole.ipynb #bd6eba79
+# %% ../nbs/09_cartpole.ipynb #7d20134b
 def _checked_config(algorithm: str, config: Config | None) -> Config:
     "`config`, or the default of `algorithm`; refused if it belongs to another one."
     if algorithm not in ALGORITHMS:
@@ -235,7 +235,7 @@ def _checked_config(algorithm: str, config: Config | None) -> Config:
         raise ValueError(f"config of {algorithm} must be a {kind.__name__}, got {got}")
     return config or kind()
 
-# %% ../nbs/09_cartpole.ipynb #ba694ebe
+# %% ../nbs/09_cartpole.ipynb #050e471f
 def _learner(env_id: str, seed: int, device: torch.device, config: Config) -> Learner:
     "A new policy, its optimiser and environments; all randomness comes from `seed`."
     env = gym.make_vec(env_id, num_envs=config.n_envs)
@@ -246,7 +246,7 @@ def _learner(env_id: str, seed: int, device: torch.device, config: Config) -> Le
     generator = torch.Generator(device).manual_seed(seed)
     return Learner(policy, optimizer, Stepper(env, device, seed), generator)
 
-# %% ../nbs/09_cartpole.ipynb #b9b544c4
+# %% ../nbs/09_cartpole.ipynb #aa417f9a
 def _recent_return(stepper: Stepper) -> dict[str, float]:
     "Mean return of the latest hundred training episodes, once one has ended."
     latest = stepper.finished[-100:]
@@ -258,7 +258,7 @@ def _fresh_score(run: Run, steps: int) -> float:
     seed = 1_000_000 * (run.seed + 1) + steps
     return run.evaluate(run.config.eval_episodes, seed).mean().item()
 
-# %% ../nbs/09_cartpole.ipynb #5345725a
+# %% ../nbs/09_cartpole.ipynb #a7b6f9e7
 def train(
     algorithm: str,  # a key of `ALGORITHMS`
     env_id: str,     # a registered gymnasium environment

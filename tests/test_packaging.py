@@ -12,7 +12,7 @@ from conftest import ROOT
 TRAIN = """
 from po_book.train import PPOConfig, train
 run = train("ppo", "CartPole-v1", config=PPOConfig(total_steps=2048))
-assert run.log[-1]["steps"] == 2048, run.log[-1]
+assert run.log[-1]["steps"] >= 2048, run.log[-1]
 assert run.evaluate(episodes=10).shape == (10,)
 """
 
