@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['discounted_returns', 'td_error', 'n_step_advantage', 'gae', 'lambda_return', 'normalize']
 
-# %% ../nbs/04_advantage.ipynb #1d81b531
+# %% ../nbs/04_advantage.ipynb #c21dca18
 import math
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/04_advantage.ipynb #975997ef
+# %% ../nbs/04_advantage.ipynb #b885b682
 def _one_by_one(
     x: Float[Tensor, "T N"], c: Float[Tensor, "T N"]
 ) -> Float[Tensor, "T N"]:
@@ -22,7 +22,7 @@ def _one_by_one(
         y.append(x[t] + c[t] * y[-1])
     return torch.stack(y[::-1])
 
-# %% ../nbs/04_advantage.ipynb #05289c17
+# %% ../nbs/04_advantage.ipynb #25f610a4
 def _in_chunks(
     x: Float[Tensor, "T N"], c: Float[Tensor, "T N"], size: int = 8
 ) -> Float[Tensor, "T N"]:
@@ -40,7 +40,7 @@ def _in_chunks(
         x[t].addcmul_(c[t], x[t + 1])
     return x
 
-# %% ../nbs/04_advantage.ipynb #8cd077ee
+# %% ../nbs/04_advantage.ipynb #1fc7f687
 def _recurrence(
     x: Float[Tensor, "T N"],   # input of every step; may be overwritten
     done: Bool[Tensor, "T N"], # where the recurrence is cut
@@ -51,19 +51,19 @@ def _recurrence(
     c = (~done).view(torch.uint8).to(x.dtype).mul_(factor)
     return _one_by_one(x, c) if x.requires_grad else _in_chunks(x, c)
 
-# %% ../nbs/04_advantage.ipynb #8999bedf
+# %% ../nbs/04_advantage.ipynb #0c017a18
 def _check_factors(**factors: float) -> None:
     "Refuse a discount or a decay outside [0, 1]."
     for name, x in factors.items():
         if not 0 <= x <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {x}")
 
-# %% ../nbs/04_advantage.ipynb #2ac0ceee
+# %% ../nbs/04_advantage.ipynb #f02f689e
 def _describe(x: object) -> str:
     "Kind and shape of a tensor, the type of anything else, for a message."
     return f"{x.dtype} {list(x.shape)}" if torch.is_tensor(x) else type(x).__name__
 
-# %% ../nbs/04_advantage.ipynb #6ec0c65d
+# %% ../nbs/04_advantage.ipynb #1e87c46b
 def _check_steps(**steps: Tensor) -> None:
     "Refuse what is not a tensor [T, N], all of one shape, flags bool, the rest float."
     shape = getattr(next(iter(steps.values())), "shape", None)
@@ -75,13 +75,13 @@ def _check_steps(**steps: Tensor) -> None:
             raise ValueError(f"{name} must be a {kind} tensor [T, N], not empty and of "
                              f"the shape of {next(iter(steps))}; got {_describe(x)}")
 
-# %% ../nbs/04_advantage.ipynb #4e6a87c4
+# %% ../nbs/04_advantage.ipynb #786763a4
 def _check_flags(terminated: Bool[Tensor, "T N"], done: Bool[Tensor, "T N"]) -> None:
     "Refuse, on CPU, a termination that is not done: most often swapped arguments."
     if done.device.type == "cpu" and (terminated > done).view(torch.uint8).any():
         raise ValueError("done must be true wherever terminated is, got a false there")
 
-# %% ../nbs/04_advantage.ipynb #6fbea844
+# %% ../nbs/04_advantage.ipynb #97103b2b
 def _check_finite(result: Float[Tensor, "..."], **inputs: Tensor) -> None:
     "Name, on CPU, the input to blame for a result that is not finite."
     if result.device.type != "cpu" or math.isfinite(result.detach().sum().item()):
@@ -90,14 +90,14 @@ def _check_finite(result: Float[Tensor, "..."], **inputs: Tensor) -> None:
         if not x.isfinite().all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
 
-# %% ../nbs/04_advantage.ipynb #6e34c5e7
+# %% ../nbs/04_advantage.ipynb #c2d648ff
 def _with_last_row(done: Bool[Tensor, "T N"]) -> Bool[Tensor, "T N"]:
     "`done`, and true in the last row, below which there are no data."
     done = done.clone()
     done[-1] = True
     return done
 
-# %% ../nbs/04_advantage.ipynb #f8ebe8da
+# %% ../nbs/04_advantage.ipynb #193082ac
 def discounted_returns(
     rewards: Float[Tensor, "T N"],  # $r_t$
     done: Bool[Tensor, "T N"],      # terminated or truncated: the episode ends here
@@ -121,7 +121,7 @@ def discounted_returns(
     _check_finite(x, rewards=rewards, **more)
     return _recurrence(x, done, gamma)
 
-# %% ../nbs/04_advantage.ipynb #004e597f
+# %% ../nbs/04_advantage.ipynb #5d0744ed
 def td_error(
     rewards: Float[Tensor, "T N"],      # $r_t$
     values: Float[Tensor, "T N"],       # $V(s_t)$
@@ -141,14 +141,14 @@ def td_error(
     _check_finite(delta, **steps)
     return delta
 
-# %% ../nbs/04_advantage.ipynb #d0b52305
+# %% ../nbs/04_advantage.ipynb #bfbaf04a
 def n_step_advantage(
-    rewards: Float[Tensor, "T N"],
-    values: Float[Tensor, "T N"],
-    next_values: Float[Tensor, "T N"],
-    terminated: Bool[Tensor, "T N"],
+    rewards: Float[Tensor, "T N"],  # $r_t$
+    values: Float[Tensor, "T N"],  # $V(s_t)$
+    next_values: Float[Tensor, "T N"],  # $V(s_{t+1})$
+    terminated: Bool[Tensor, "T N"],  # $d_t$
     done: Bool[Tensor, "T N"],  # terminated or truncated
-    gamma: float = 0.99,
+    gamma: float = 0.99,  # discount
     n: int = 5,                 # rewards used, fewer where the episode or the data end
 ) -> Float[Tensor, "T N"]:
     """$n$-step advantage {eq}`eq-n-step`, as a sum of TD errors.
@@ -167,14 +167,14 @@ def n_step_advantage(
         advantages = torch.cat([kept, delta[-1:]])
     return advantages
 
-# %% ../nbs/04_advantage.ipynb #5542a890
+# %% ../nbs/04_advantage.ipynb #c7620580
 def gae(
-    rewards: Float[Tensor, "T N"],
-    values: Float[Tensor, "T N"],
-    next_values: Float[Tensor, "T N"],
-    terminated: Bool[Tensor, "T N"],
+    rewards: Float[Tensor, "T N"],  # $r_t$
+    values: Float[Tensor, "T N"],  # $V(s_t)$
+    next_values: Float[Tensor, "T N"],  # $V(s_{t+1})$
+    terminated: Bool[Tensor, "T N"],  # $d_t$
     done: Bool[Tensor, "T N"],  # terminated or truncated: cuts the recursion
-    gamma: float = 0.99,
+    gamma: float = 0.99,  # discount
     lam: float = 0.95,          # $\lambda$; 0 trusts the critic, 1 trusts the rewards
 ) -> Float[Tensor, "T N"]:
     """Generalised advantage estimates {eq}`eq-gae`.
@@ -188,18 +188,18 @@ def gae(
     _check_flags(terminated, done)
     return _recurrence(delta, done, gamma * lam)
 
-# %% ../nbs/04_advantage.ipynb #99a40301
+# %% ../nbs/04_advantage.ipynb #f75052f4
 def lambda_return(
-    rewards: Float[Tensor, "T N"],
-    next_values: Float[Tensor, "T N"],
-    terminated: Bool[Tensor, "T N"],
-    done: Bool[Tensor, "T N"],
-    gamma: float = 0.99,
-    lam: float = 0.95,
+    rewards: Float[Tensor, "T N"],  # $r_t$
+    next_values: Float[Tensor, "T N"],  # $V(s_{t+1})$
+    terminated: Bool[Tensor, "T N"],  # $d_t$
+    done: Bool[Tensor, "T N"],  # terminated or truncated
+    gamma: float = 0.99,  # discount
+    lam: float = 0.95,  # $\lambda$
 ) -> Float[Tensor, "T N"]:
     """$\\lambda$-return {eq}`eq-lambda-return` of every step, the critic's target.
 
-    Raises: `ValueError` as `gae` does. Source: Sutton 1988.
+    Raises: `ValueError` as `gae` does. Source: Watkins 1989.
     """
     steps = {"rewards": rewards, "next_values": next_values}
     _check_factors(gamma=gamma, lam=lam)
@@ -211,7 +211,7 @@ def lambda_return(
     _check_finite(x, **steps)
     return _recurrence(x, stop, gamma * lam)
 
-# %% ../nbs/04_advantage.ipynb #e4daeed5
+# %% ../nbs/04_advantage.ipynb #389454a0
 def normalize(
     x: Float[Tensor, "*shape"],                 # usually advantages
     mask: Bool[Tensor, "*shape"] | None = None, # true where an entry counts; None: all

@@ -7,7 +7,7 @@ __all__ = ['entropy', 'kl_divergence', 'total_variation', 'policy_chain', 'chain
            'chain_occupancy', 'chain_visits', 'chain_stationary', 'TabularMDP', 'random_mdp', 'corridor', 'cliff_walk',
            'Trajectories', 'enumerate_trajectories', 'sample_trajectories']
 
-# %% ../nbs/01_mdp.ipynb #177cb1c6
+# %% ../nbs/01_mdp.ipynb #9d24d8c2
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# %% ../nbs/01_mdp.ipynb #cd1887f0
+# %% ../nbs/01_mdp.ipynb #cb4d76d9
 def _table(name: str, x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     "`x` in float64, refused unless it has this shape, and entries that are all finite."
     x = torch.as_tensor(x, dtype=torch.float64)
@@ -27,7 +27,7 @@ def _table(name: str, x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor
         raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
     return x
 
-# %% ../nbs/01_mdp.ipynb #1cfc71ba
+# %% ../nbs/01_mdp.ipynb #71ef77c1
 def _distribution(
     name: str, p: Tensor, shape: tuple[int, ...] | None = None
 ) -> Float[Tensor, "..."]:
@@ -40,7 +40,7 @@ def _distribution(
         raise ValueError(f"rows of {name} must sum to one, one is off by {error:.3g}")
     return p
 
-# %% ../nbs/01_mdp.ipynb #5387ad56
+# %% ../nbs/01_mdp.ipynb #beb01928
 def entropy(
     p: Float[Tensor, "... A"],  # probabilities
 ) -> Float[Tensor, "..."]:
@@ -50,7 +50,7 @@ def entropy(
     """
     return torch.special.entr(_distribution("p", p)).sum(-1)
 
-# %% ../nbs/01_mdp.ipynb #b0db7981
+# %% ../nbs/01_mdp.ipynb #c11fa3e9
 def kl_divergence(
     p: Float[Tensor, "... A"],  # probabilities the average is taken with
     q: Float[Tensor, "... A"],  # probabilities compared with
@@ -63,7 +63,7 @@ def kl_divergence(
     q = _distribution("q", q, p.shape)
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
-# %% ../nbs/01_mdp.ipynb #147e3056
+# %% ../nbs/01_mdp.ipynb #aa615597
 def total_variation(
     p: Float[Tensor, "... A"],  # probabilities
     q: Float[Tensor, "... A"],  # probabilities compared with
@@ -75,7 +75,7 @@ def total_variation(
     p = _distribution("p", p)
     return (p - _distribution("q", q, p.shape)).abs().sum(-1) / 2
 
-# %% ../nbs/01_mdp.ipynb #dc9e3dac
+# %% ../nbs/01_mdp.ipynb #7b402fca
 def _tables(P: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     "`P` and `R` of one process: R is (S, A), and P adds a distribution over S states."
     R = _table("R", R)
@@ -83,7 +83,7 @@ def _tables(P: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"R must have shape (S, A), got {tuple(R.shape)}")
     return _distribution("P", P, (*R.shape, len(R))), R
 
-# %% ../nbs/01_mdp.ipynb #42301b58
+# %% ../nbs/01_mdp.ipynb #b11023e7
 def policy_chain(
     P: Float[Tensor, "S A S"],  # $P(s'\mid s,a)$
     R: Float[Tensor, "S A"],    # $r(s,a)$
@@ -97,14 +97,14 @@ def policy_chain(
     pi = _distribution("pi", pi, R.shape)
     return torch.einsum("sa,sax->sx", pi, P), (pi * R).sum(-1)
 
-# %% ../nbs/01_mdp.ipynb #b048ed81
+# %% ../nbs/01_mdp.ipynb #6b1e1de4
 def _discount(gamma: float) -> float:
     "`gamma` as a float, refused outside [0, 1)."
     if not 0 <= gamma < 1:
         raise ValueError(f"gamma must be in [0, 1), got {gamma}")
     return float(gamma)
 
-# %% ../nbs/01_mdp.ipynb #8053667e
+# %% ../nbs/01_mdp.ipynb #2770e990
 def chain_values(
     P: Float[Tensor, "S S"],  # transition matrix $P_\pi$
     r: Float[Tensor, "S"],    # expected reward $r_\pi$ of a step from each state
@@ -119,7 +119,7 @@ def chain_values(
     P = _distribution("P", P, (len(r), len(r)))
     return torch.linalg.solve(torch.eye(len(r)).double() - gamma * P, r)
 
-# %% ../nbs/01_mdp.ipynb #1578b04b
+# %% ../nbs/01_mdp.ipynb #a58d3686
 def action_values(
     P: Float[Tensor, "S A S"],  # $P(s'\mid s,a)$
     R: Float[Tensor, "S A"],    # $r(s,a)$
@@ -134,7 +134,7 @@ def action_values(
     (P, R), gamma = _tables(P, R), _discount(gamma)
     return R + gamma * P @ _table("V", V, (len(R),))
 
-# %% ../nbs/01_mdp.ipynb #f0dba2a3
+# %% ../nbs/01_mdp.ipynb #f0ad06ac
 def policy_iteration(
     P: Float[Tensor, "S A S"],  # $P(s'\mid s,a)$
     R: Float[Tensor, "S A"],    # $r(s,a)$
@@ -154,7 +154,7 @@ def policy_iteration(
         pi = torch.nn.functional.one_hot(greedy, R.shape[-1]).double()
     return pi
 
-# %% ../nbs/01_mdp.ipynb #97c9627c
+# %% ../nbs/01_mdp.ipynb #49230d90
 def chain_occupancy(
     P: Float[Tensor, "S S"],  # transition matrix $P_\pi$
     p0: Float[Tensor, "S"],   # distribution of the first state
@@ -170,7 +170,7 @@ def chain_occupancy(
     flow = torch.eye(len(p0)).double() - gamma * P.T
     return (1 - gamma) * torch.linalg.solve(flow, p0)
 
-# %% ../nbs/01_mdp.ipynb #318eba7c
+# %% ../nbs/01_mdp.ipynb #19cfdf50
 def _reaches(P: Float[Tensor, "S S"]) -> Bool[Tensor, "S S"]:
     "Whether the second state can be reached from the first, in any number of steps."
     reach = (P > 0) | torch.eye(len(P), dtype=torch.bool)
@@ -178,7 +178,7 @@ def _reaches(P: Float[Tensor, "S S"]) -> Bool[Tensor, "S S"]:
         reach = reach.double() @ reach.double() > 0
     return reach
 
-# %% ../nbs/01_mdp.ipynb #946e520f
+# %% ../nbs/01_mdp.ipynb #7b2784d9
 def chain_visits(
     P: Float[Tensor, "S S"],  # transition matrix $P_\pi$; rows of ends are not used
     p0: Float[Tensor, "S"],   # distribution of the first state
@@ -197,7 +197,7 @@ def chain_visits(
     going = P * on[:, None]
     return on * torch.linalg.solve(torch.eye(len(P)).double() - going.T, p0)
 
-# %% ../nbs/01_mdp.ipynb #4d0e8d50
+# %% ../nbs/01_mdp.ipynb #cec0c3c5
 def chain_stationary(
     P: Float[Tensor, "S S"],  # transition matrix $P_\pi$
 ) -> Float[Tensor, "S"]:
@@ -212,12 +212,15 @@ def chain_stationary(
     ones = torch.ones(len(P)).double()
     return torch.linalg.solve(torch.eye(len(P)).double() - P.T + 1, ones)
 
-# %% ../nbs/01_mdp.ipynb #1fff4286
+# %% ../nbs/01_mdp.ipynb #ed04d125
 @dataclass(eq=False, repr=False)
 class TabularMDP:
     """A finite Markov decision process, solved exactly by linear algebra in float64.
 
-    Raises: `ValueError` on a table that does not fit and a discount outside [0, 1)."""
+    Raises: `ValueError` on a table that does not fit and a discount outside [0, 1);
+    every method, on a `pi` that does not fit.
+    """
+
     P: Float[Tensor, "S A S"]  # $P(s'\mid s,a)$; rows sum to one
     R: Float[Tensor, "S A"]    # $r(s,a)$, expected reward
     gamma: float               # discount, in [0, 1)
@@ -260,7 +263,7 @@ class TabularMDP:
         "$V^*$, the values of an optimal policy, solving {eq}`eq-optimality`."
         return self.values(self.optimal_policy())
 
-# %% ../nbs/01_mdp.ipynb #02848692
+# %% ../nbs/01_mdp.ipynb #2b18fe83
 def random_mdp(
     n_states: int,   # number of states $S$
     n_actions: int,  # number of actions $A$
@@ -282,7 +285,7 @@ def random_mdp(
     P = simplex(n_states, n_actions, n_states)
     return TabularMDP(P, R, gamma, simplex(n_states))
 
-# %% ../nbs/01_mdp.ipynb #6cde7fa4
+# %% ../nbs/01_mdp.ipynb #2fd476d0
 def corridor(
     length: int = 5,     # cells before the end
     gamma: float = 0.9,  # discount, in [0, 1)
@@ -291,7 +294,7 @@ def corridor(
 
     Actions are 0 = left and 1 = right; the last state is the absorbing end.
 
-    Raises: `ValueError` if there is no cell.
+    Raises: `ValueError` if there is no cell, and on a discount outside [0, 1).
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
@@ -302,13 +305,15 @@ def corridor(
     R[length - 1, 1] = 1
     return TabularMDP(P, R, gamma, torch.eye(length + 1)[0])
 
-# %% ../nbs/01_mdp.ipynb #5e885892
+# %% ../nbs/01_mdp.ipynb #31b72fcc
 def cliff_walk(
     gamma: float = 0.99,  # discount, in [0, 1)
 ) -> TabularMDP:
     """The 4 x 12 cliff of Sutton and Barto: -1 a step, -100 and back for a fall.
 
     State is 12 * row + column, actions are up, right, down, left; the goal absorbs.
+
+    Raises: `ValueError` on a discount outside [0, 1).
     """
     rows, columns, start, goal = 4, 12, 36, 47
     P, R = torch.zeros(48, 4, 48), -torch.ones(48, 4)
@@ -321,7 +326,7 @@ def cliff_walk(
     P[goal], R[goal] = torch.eye(48)[goal], 0
     return TabularMDP(P, R, gamma, torch.eye(48)[start])
 
-# %% ../nbs/01_mdp.ipynb #e6c75682
+# %% ../nbs/01_mdp.ipynb #48ea4978
 @dataclass(frozen=True, eq=False)
 class Trajectories:
     """Trajectories with weights that sum to one.
@@ -335,13 +340,13 @@ class Trajectories:
     rewards: Float[Tensor, "M T"]  # $r(s_t,a_t)$
     weights: Float[Tensor, "M"]    # probability, or one over the number sampled
 
-# %% ../nbs/01_mdp.ipynb #81997d96
+# %% ../nbs/01_mdp.ipynb #356a907f
 def _at_least_one(name: str, count: int) -> None:
     "Refuse a count that is not positive."
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
 
-# %% ../nbs/01_mdp.ipynb #6e6fc7f9
+# %% ../nbs/01_mdp.ipynb #c964aa91
 def enumerate_trajectories(
     mdp: TabularMDP,           # gives start, transitions and rewards
     pi: Float[Tensor, "S A"],  # gradients flow from the weights to it
@@ -364,7 +369,7 @@ def enumerate_trajectories(
     weights = mdp.p0[states[:, 0]] * steps.prod(-1)
     return Trajectories(states, actions, mdp.R[s, actions], weights)
 
-# %% ../nbs/01_mdp.ipynb #161743db
+# %% ../nbs/01_mdp.ipynb #6e8aab47
 def sample_trajectories(
     mdp: TabularMDP,           # gives start, transitions and rewards
     pi: Float[Tensor, "S A"],  # who acts

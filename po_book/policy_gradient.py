@@ -6,7 +6,7 @@
 __all__ = ['score', 'gradient_samples', 'mean_and_variance', 'reinforce_loss', 'reward_to_go', 'policy_gradient',
            'optimal_baseline', 'reinforce']
 
-# %% ../nbs/02_policy_gradient.ipynb #c4aff330
+# %% ../nbs/02_policy_gradient.ipynb #0a3c5ba2
 from collections.abc import Callable
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 
 from .mdp import TabularMDP, Trajectories, sample_trajectories
 
-# %% ../nbs/02_policy_gradient.ipynb #4d65bf5e
+# %% ../nbs/02_policy_gradient.ipynb #35784404
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     "Refuse `value` unless it has this shape and finite entries."
     if tuple(value.shape) != tuple(shape):
@@ -26,25 +26,27 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if value.is_floating_point() and not value.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinite entries")
 
-# %% ../nbs/02_policy_gradient.ipynb #4bfbae43
+# %% ../nbs/02_policy_gradient.ipynb #cdebfd43
 def score(
     pi: Float[Tensor, "S A"],      # probabilities of a softmax table
-    states: Int[Tensor, "*N"],
-    actions: Int[Tensor, "*N"],
+    states: Int[Tensor, "*N"],     # states acted in
+    actions: Int[Tensor, "*N"],    # actions taken there
 ) -> Float[Tensor, "*N S A"]:
     """Score {eq}`eq-pg-score` of each action: the gradient of its log-probability.
 
-    Raises: `ValueError` if `actions` is not shaped like `states`.
+    Raises: `ValueError` if `actions` is not shaped like `states` or outside [0, A).
     """
     _check("actions", actions, states.shape)
     S, A = pi.shape
+    if ((actions < 0) | (actions >= A)).any():
+        raise ValueError(f"actions must be in [0, {A}), got {actions.tolist()}")
     direction = one_hot(actions, A) - pi[states]
     return one_hot(states, S)[..., :, None] * direction[..., None, :]
 
-# %% ../nbs/02_policy_gradient.ipynb #cd625d04
+# %% ../nbs/02_policy_gradient.ipynb #fc5b7ed5
 def gradient_samples(
     pi: Float[Tensor, "S A"],  # the softmax table that acted
-    batch: Trajectories,
+    batch: Trajectories,       # enumerated, or sampled with `pi`
     psi: Float[Tensor, "M T"],  # $\Psi_t$, the weight of each score
 ) -> Float[Tensor, "M S A"]:
     """One gradient estimate {eq}`eq-pg-sample` from each trajectory.
@@ -55,10 +57,10 @@ def gradient_samples(
     scores = score(pi, batch.states[:, :-1], batch.actions)
     return torch.einsum("mt,mtsa->msa", psi, scores)
 
-# %% ../nbs/02_policy_gradient.ipynb #ac475c67
+# %% ../nbs/02_policy_gradient.ipynb #bbd29381
 def mean_and_variance(
-    samples: Float[Tensor, "M *P"],
-    weights: Float[Tensor, "M"],  # probability of each sample
+    samples: Float[Tensor, "M *P"],  # one estimate a row
+    weights: Float[Tensor, "M"],     # probability of each sample
 ) -> tuple[Float[Tensor, "*P"], Float[Tensor, ""]]:
     """Mean and total variance {eq}`eq-pg-moments` of an estimator.
 
@@ -72,7 +74,7 @@ def mean_and_variance(
     variance = weights @ (flat - mean).square().sum(-1)
     return mean.view(samples.shape[1:]), variance
 
-# %% ../nbs/02_policy_gradient.ipynb #9a3ff393
+# %% ../nbs/02_policy_gradient.ipynb #0d063ea5
 def reinforce_loss(
     logp: Float[Tensor, "M T"],  # $\log\pi_\theta(a_t\mid s_t)$, a row per trajectory
     psi: Float[Tensor, "M T"],   # $\Psi_t$, a constant; zero where a row is padded
@@ -95,7 +97,7 @@ def reinforce_loss(
     _check("weights", weights, logp.shape[:1])
     return -weights.detach() @ per_row
 
-# %% ../nbs/02_policy_gradient.ipynb #15b20d79
+# %% ../nbs/02_policy_gradient.ipynb #1162de8e
 def reward_to_go(
     rewards: Float[Tensor, "M T"],  # a row per trajectory, zero after its end
     gamma: float,                   # discount, in [0, 1]
@@ -115,19 +117,20 @@ def reward_to_go(
         later = returns[:, t] = rewards[:, t] + gamma * later
     return returns
 
-# %% ../nbs/02_policy_gradient.ipynb #b54353fe
+# %% ../nbs/02_policy_gradient.ipynb #5db30613
 def policy_gradient(
-    mdp: TabularMDP,
+    mdp: TabularMDP,           # gives start, transitions and rewards
     pi: Float[Tensor, "S A"],  # probabilities of a softmax table
 ) -> Float[Tensor, "S A"]:
     """Exact gradient {eq}`eq-pg-softmax` of the objective in the logits of `pi`.
 
+    Raises: `ValueError` if `pi` does not fit or a row of it is no distribution.
     Source: Sutton et al. 2000, theorem 1.
     """
     visits = mdp.occupancy(pi) / (1 - mdp.gamma)
     return visits[:, None] * pi * mdp.advantages(pi)
 
-# %% ../nbs/02_policy_gradient.ipynb #5e7e05a4
+# %% ../nbs/02_policy_gradient.ipynb #c622d6d4
 def optimal_baseline(
     pi: Float[Tensor, "S A"],  # probabilities of a softmax table
     q: Float[Tensor, "S A"],   # value of each action
@@ -144,19 +147,20 @@ def optimal_baseline(
         raise ValueError("pi must give two actions of each state positive probability")
     return (weight * q).sum(-1) / weight.sum(-1)
 
-# %% ../nbs/02_policy_gradient.ipynb #3e7f9138
+# %% ../nbs/02_policy_gradient.ipynb #f2811198
 def reinforce(
-    mdp: TabularMDP,
+    mdp: TabularMDP,       # gives start, transitions and rewards
     weight: Callable[[Trajectories], Float[Tensor, "M T"]],  # gives $\Psi_t$
     *,
-    iterations: int,
+    iterations: int,       # steps of ascent, $K-1$
     episodes: int,         # trajectories sampled for each step of ascent
     horizon: int,          # actions in a trajectory
     learning_rate: float,  # $\alpha$
-    seed: int,
+    seed: int,             # the same seed gives the same run
 ) -> Float[Tensor, "K S A"]:
     """Policies along the ascent {eq}`eq-pg-ascent`, from the uniform one to the last.
 
+    Raises: `ValueError` on counts below one and on weights that do not fit.
     Source: Williams 1992.
     """
     generator = torch.Generator().manual_seed(seed)

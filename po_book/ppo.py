@@ -6,17 +6,17 @@
 __all__ = ['MAX_LOG_RATIO', 'ratio', 'approx_kl', 'kl_penalty', 'AdaptiveKL', 'clipped_surrogate', 'value_loss', 'entropy',
            'outside_band', 'masked_mean', 'explained_variance', 'ppo_loss']
 
-# %% ../nbs/07_ppo.ipynb #eda366e4
+# %% ../nbs/07_ppo.ipynb #caa4c2a6
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/07_ppo.ipynb #534a8808
+# %% ../nbs/07_ppo.ipynb #b7fa112d
 MAX_LOG_RATIO = 20.0  # $e^{20}$ leaves 30 orders of magnitude to float32's largest
 
-# %% ../nbs/07_ppo.ipynb #32801005
+# %% ../nbs/07_ppo.ipynb #a54bda64
 def _like(name: str, x: Tensor, **others: Tensor | None) -> None:
     "Refuse tensors that do not have the shape of `x`, which is called `name`."
     for other, y in others.items():
@@ -24,21 +24,21 @@ def _like(name: str, x: Tensor, **others: Tensor | None) -> None:
             want, got = tuple(x.shape), tuple(y.shape)
             raise ValueError(f"{other} must have {name}'s shape {want}, got {got}")
 
-# %% ../nbs/07_ppo.ipynb #87831479
+# %% ../nbs/07_ppo.ipynb #cfedfb29
 def _data(**fixed: Tensor | None) -> None:
     "Refuse tensors through which a gradient would flow."
     for name, x in fixed.items():
         if x is not None and x.requires_grad:
             raise ValueError(f"{name} must be detached (it is data), got a gradient")
 
-# %% ../nbs/07_ppo.ipynb #7340cb21
+# %% ../nbs/07_ppo.ipynb #fbe2e62d
 def _log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
     "Log of {eq}`eq-ppo-ratio`, cut so that its exponential is finite."
     _like("logp", logp, logp_old=logp_old)
     _data(logp_old=logp_old)
     return (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
-# %% ../nbs/07_ppo.ipynb #4cbdddc1
+# %% ../nbs/07_ppo.ipynb #c45d63a6
 def ratio(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$ of the actions taken
     logp_old: Float[Tensor, "*shape"],  # the same under the policy that took them
@@ -52,7 +52,7 @@ def ratio(
     """
     return _log_ratio(logp, logp_old).exp()
 
-# %% ../nbs/07_ppo.ipynb #db35c091
+# %% ../nbs/07_ppo.ipynb #389837ba
 def approx_kl(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$, $a\sim\pi_{old}$
@@ -65,7 +65,7 @@ def approx_kl(
     # expm1 keeps the digits that exp(x) - 1 loses where the policies are close
     return log_ratio.expm1() - log_ratio
 
-# %% ../nbs/07_ppo.ipynb #7d524d4a
+# %% ../nbs/07_ppo.ipynb #dd3c8755
 def kl_penalty(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$
@@ -85,7 +85,7 @@ def kl_penalty(
     kl = approx_kl(logp, logp_old) if kl is None else kl
     return ratio(logp, logp_old) * advantages - beta * kl
 
-# %% ../nbs/07_ppo.ipynb #49d6f44b
+# %% ../nbs/07_ppo.ipynb #69ae7133
 @dataclass
 class AdaptiveKL:
     """Weight `beta` of the divergence, adapted once an iteration {eq}`eq-ppo-adaptive`.
@@ -129,7 +129,7 @@ class AdaptiveKL:
         self.beta = min(max(self.beta, self.bounds[0]), self.bounds[1])
         return self.beta
 
-# %% ../nbs/07_ppo.ipynb #bc2f294c
+# %% ../nbs/07_ppo.ipynb #bceda831
 def _check_clip(low: float, high: float, dual: float | None) -> None:
     "Refuse bounds that make no band around one."
     if not 0 <= low < 1:
@@ -139,7 +139,7 @@ def _check_clip(low: float, high: float, dual: float | None) -> None:
     if dual is not None and not dual > 1 + high:
         raise ValueError(f"dual_clip must be above 1 + clip_high, got {dual}")
 
-# %% ../nbs/07_ppo.ipynb #97334980
+# %% ../nbs/07_ppo.ipynb #6b9630e0
 def clipped_surrogate(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$
@@ -164,7 +164,7 @@ def clipped_surrogate(
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(rho * advantages, clipped * advantages)
 
-# %% ../nbs/07_ppo.ipynb #87294ccc
+# %% ../nbs/07_ppo.ipynb #8159a5b2
 def value_loss(
     values: Float[Tensor, "*shape"],   # $V_\phi(s)$
     returns: Float[Tensor, "*shape"],  # target $G$, a constant
@@ -189,7 +189,7 @@ def value_loss(
     near = values_old + (values - values_old).clamp(-clip, clip)
     return torch.maximum(error, (near - returns) ** 2) / 2
 
-# %% ../nbs/07_ppo.ipynb #c8d15473
+# %% ../nbs/07_ppo.ipynb #4d65300c
 def entropy(
     logits: Float[Tensor, "*shape A"],  # unnormalised; -inf marks an impossible action
 ) -> Float[Tensor, "*shape"]:
@@ -199,7 +199,7 @@ def entropy(
     surprise = -logp.clamp(min=torch.finfo(logp.dtype).min)
     return (logp.exp() * surprise).sum(-1)
 
-# %% ../nbs/07_ppo.ipynb #6c7c54b3
+# %% ../nbs/07_ppo.ipynb #3c98d0fa
 def outside_band(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$
@@ -214,7 +214,7 @@ def outside_band(
     clip_high = clip_low if clip_high is None else clip_high
     return (rho != rho.clamp(1 - clip_low, 1 + clip_high)).to(rho.dtype)
 
-# %% ../nbs/07_ppo.ipynb #3267b942
+# %% ../nbs/07_ppo.ipynb #e0235479
 def _keep(mask: Tensor | None, *columns: Tensor | None) -> tuple[Tensor | None, ...]:
     "The columns with zeros where `mask` is false; what stood there reaches nothing."
     if mask is None:
@@ -223,9 +223,9 @@ def _keep(mask: Tensor | None, *columns: Tensor | None) -> tuple[Tensor | None, 
         raise ValueError(f"mask must be a bool tensor, got {mask.dtype}")
     return tuple(x if x is None else torch.where(mask, x, 0) for x in columns)
 
-# %% ../nbs/07_ppo.ipynb #cf500a0d
+# %% ../nbs/07_ppo.ipynb #1f7a2c83
 def masked_mean(
-    x: Float[Tensor, "*shape"],
+    x: Float[Tensor, "*shape"],  # one number per element
     mask: Bool[Tensor, "*shape"] | None = None,  # true where an element counts
 ) -> Float[Tensor, ""]:
     """Mean of the elements that count, and 0 if none does.
@@ -236,7 +236,7 @@ def masked_mean(
     (x,) = _keep(mask, x)
     return x.mean() if mask is None else x.sum() / mask.sum().clamp(min=1)
 
-# %% ../nbs/07_ppo.ipynb #e3040017
+# %% ../nbs/07_ppo.ipynb #aaa566b7
 def explained_variance(
     values: Float[Tensor, "*shape"],   # $V(s)$
     returns: Float[Tensor, "*shape"],  # $G$
@@ -251,14 +251,12 @@ def explained_variance(
     _like("values", values, returns=returns, mask=mask)
 
     def variance(x: Tensor) -> Tensor:
-        if mask is None:
-            return x.var(correction=0)
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
     unexplained = variance(returns - values.detach())
     return 1 - unexplained / variance(returns).clamp(min=1e-8)
 
-# %% ../nbs/07_ppo.ipynb #719155f0
+# %% ../nbs/07_ppo.ipynb #c0f5074d
 def ppo_loss(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$, from the rollout
@@ -290,7 +288,6 @@ def ppo_loss(
     logp, logp_old, advantages, entropy, values, returns, values_old = _keep(
         mask, logp, logp_old, advantages, entropy, values, returns, values_old
     )
-    rows = None if mask is None else mask.sum().clamp(min=1)
     clip, now = (clip_low, clip_high), logp.detach()
     terms = {
         "policy_loss": -clipped_surrogate(logp, logp_old, advantages, *clip, dual_clip),
@@ -299,7 +296,7 @@ def ppo_loss(
         "approx_kl": approx_kl(now, logp_old),
         "clip_fraction": outside_band(now, logp_old, *clip),
     }
-    mean = {k: x.mean() if rows is None else x.sum() / rows for k, x in terms.items()}
+    mean = {k: masked_mean(x, mask) for k, x in terms.items()}
     mean["explained_variance"] = explained_variance(values, returns, mask)
     loss = mean["policy_loss"] + value_coef * mean["value_loss"]
     loss = loss - entropy_coef * mean["entropy"]

@@ -6,7 +6,7 @@
 __all__ = ['Policy', 'mlp', 'ActorCritic', 'CategoricalPolicy', 'GaussianPolicy', 'make_policy', 'Rollout', 'Stepper', 'collect',
            'collect_episodes', 'evaluate']
 
-# %% ../nbs/08_rollout.ipynb #fa166c56
+# %% ../nbs/08_rollout.ipynb #4b52f1d5
 import math
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/08_rollout.ipynb #a9b5d219
+# %% ../nbs/08_rollout.ipynb #ae2aedaa
 def mlp(
     sizes: list[int],          # widths, from input to output
     gain: float,               # scale of the last layer's weights
@@ -28,14 +28,14 @@ def mlp(
     for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
         last = i == len(sizes) - 2
         # skip_init leaves the global random state alone.
-        layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+        layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=torch.float32)
         scale = gain if last else math.sqrt(2)
         nn.init.orthogonal_(layer.weight, scale, generator=generator)
         nn.init.zeros_(layer.bias)
         layers += [layer] if last else [layer, nn.Tanh()]
     return nn.Sequential(*layers)
 
-# %% ../nbs/08_rollout.ipynb #36603caa
+# %% ../nbs/08_rollout.ipynb #1628a681
 class ActorCritic(nn.Module):
     "Two separate networks; subclasses say what distribution the actor's output means."
 
@@ -54,7 +54,7 @@ class ActorCritic(nn.Module):
         "Critic's estimate $V_\\phi(s)$."
         return self.critic(obs).squeeze(-1)
 
-# %% ../nbs/08_rollout.ipynb #f588626b
+# %% ../nbs/08_rollout.ipynb #d268dcb5
 class CategoricalPolicy(ActorCritic):
     "Policy over a finite set of actions, {eq}`eq-categorical`."
 
@@ -73,7 +73,7 @@ class CategoricalPolicy(ActorCritic):
         entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #11545361
+# %% ../nbs/08_rollout.ipynb #528c2681
 class GaussianPolicy(ActorCritic):
     "Diagonal Gaussian over real vectors, {eq}`eq-gaussian`."
 
@@ -85,7 +85,7 @@ class GaussianPolicy(ActorCritic):
         generator: torch.Generator | None = None,
     ):
         super().__init__(obs_dim, out_dim, hidden, generator)
-        self.log_std = nn.Parameter(torch.zeros(out_dim))
+        self.log_std = nn.Parameter(torch.zeros(out_dim, dtype=torch.float32))
 
     def act(
         self, obs: Float[Tensor, "N D"], generator: torch.Generator | None = None
@@ -104,10 +104,10 @@ class GaussianPolicy(ActorCritic):
         entropy = (log_norm + 0.5).sum().expand(z.shape[:-1])
         return -(0.5 * z**2 + log_norm).sum(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #6f992a1b
+# %% ../nbs/08_rollout.ipynb #2a7c1d4d
 Policy = CategoricalPolicy | GaussianPolicy
 
-# %% ../nbs/08_rollout.ipynb #acd56534
+# %% ../nbs/08_rollout.ipynb #c715175c
 def make_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -127,7 +127,7 @@ def make_policy(
         return GaussianPolicy(obs_dim, math.prod(space.shape), hidden, generator)
     raise ValueError(f"action space must be Discrete or a Box, got {space}")
 
-# %% ../nbs/08_rollout.ipynb #21d8364c
+# %% ../nbs/08_rollout.ipynb #367ace63
 @dataclass(frozen=True)
 class Rollout:
     "Transitions of `N` environments over `T` steps, time-major."
@@ -146,7 +146,7 @@ class Rollout:
         "True where the next row belongs to another episode."
         return self.terminated | self.truncated
 
-# %% ../nbs/08_rollout.ipynb #7fb6da2b
+# %% ../nbs/08_rollout.ipynb #0deba9cf
 def _to_tensor(obs: np.ndarray, device: torch.device) -> Float[Tensor, "N D"]:
     "A copy of all observations as one float32 matrix on `device`."
     return torch.tensor(obs, dtype=torch.float32, device=device).flatten(1)
@@ -160,7 +160,7 @@ def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
     shaped = array.reshape(len(array), *space.shape)
     return np.clip(shaped, space.low, space.high).astype(space.dtype)
 
-# %% ../nbs/08_rollout.ipynb #3e55d21f
+# %% ../nbs/08_rollout.ipynb #79149ce5
 class Stepper:
     """A vector environment that hands out true transitions, however it restarts.
 
@@ -220,7 +220,7 @@ class Stepper:
             self.finished.extend(self.returns[done].tolist())
             self.returns[done] = 0
 
-# %% ../nbs/08_rollout.ipynb #5fd89023
+# %% ../nbs/08_rollout.ipynb #a5ecdc78
 @torch.no_grad()
 def collect(
     policy: Policy,
@@ -235,7 +235,7 @@ def collect(
         rows.append((obs, actions, *stepper.step(actions)))
     return _rollout(policy, rows)
 
-# %% ../nbs/08_rollout.ipynb #e38487cb
+# %% ../nbs/08_rollout.ipynb #07668496
 def _rollout(policy: Policy, rows: list[tuple]) -> Rollout:
     "The table of rows (obs, actions, next_obs, rewards, terminated, truncated, valid)."
     obs, actions, next_obs, *arrays = zip(*rows)
@@ -244,7 +244,7 @@ def _rollout(policy: Policy, rows: list[tuple]) -> Rollout:
     logp, _ = policy.evaluate(obs, actions)
     return Rollout(obs, actions, logp, rewards.float(), next_obs, *flags)
 
-# %% ../nbs/08_rollout.ipynb #9589ce29
+# %% ../nbs/08_rollout.ipynb #08e603e0
 @torch.no_grad()
 def collect_episodes(
     policy: Policy,
@@ -262,7 +262,7 @@ def collect_episodes(
         alive = alive & ~(terminated | truncated)
     return _rollout(policy, rows)
 
-# %% ../nbs/08_rollout.ipynb #f9e23b97
+# %% ../nbs/08_rollout.ipynb #4df9a2e9
 def evaluate(
     policy: Policy,
     env_id: str,          # a registered gymnasium environment

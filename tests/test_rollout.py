@@ -199,3 +199,15 @@ def test_mlp_is_orthogonal_and_seeded():
     weight = a[-1].weight.detach()
     torch.testing.assert_close(weight @ weight.T, 0.25 * torch.eye(3))
     assert all((layer.bias == 0).all() for layer in a if hasattr(layer, "bias"))
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_a_float64_default_changes_nothing(env_id):
+    torch.set_default_dtype(torch.float64)
+    try:
+        env = gym.make_vec(env_id, num_envs=2)
+        table = collect(make_policy(env, generator=generator()), Stepper(env, seed=0), 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    floats = table.obs, table.next_obs, table.rewards, table.logp
+    assert {x.dtype for x in floats} == {torch.float32}
