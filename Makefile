@@ -16,7 +16,7 @@ book: $(INSTALLED)
 	@echo "The book is in _build/html/index.html; 'make serve' opens it."
 
 serve: book
-	$(BIN)/python -m webbrowser -t http://localhost:8000
+	(sleep 1; $(BIN)/python -m webbrowser -t http://localhost:8000) &
 	$(BIN)/python -m http.server 8000 --bind localhost --directory _build/html
 
 # The tests look at the built book.

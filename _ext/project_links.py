@@ -7,6 +7,11 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 
 
+NOT_FOUND = """<h1>Page not found</h1>
+<p>Chapters may have been renamed. <a href="/{0}/">The book starts here</a>,
+and <a href="/{0}/search.html">the search</a> knows every page.</p>"""
+
+
 def set_links(app: Sphinx, config: Config) -> None:
     parser = ConfigParser(delimiters=["="])
     parser.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
@@ -14,6 +19,7 @@ def set_links(app: Sphinx, config: Config) -> None:
     user, repo = settings["user"], settings["repo"]
     config.html_baseurl = f"https://{user}.github.io/{repo}/"
     config.notfound_urls_prefix = f"/{repo}/"
+    config.notfound_context = {"title": "Page not found", "body": NOT_FOUND.format(repo)}
     config.release = config.version = settings["version"]
     config.copyright = settings["copyright"]
     config.html_theme_options |= {

@@ -128,5 +128,16 @@ def test_search_finds_a_chapter(opened):
 
 def test_a_folded_solution_opens(opened):
     tab, _, _ = opened("00_verify", "light")
-    solution = tab.locator("div.solution .toggle-button, div.solution summary, details.solution").first
-    assert solution.count() == 1
+    solution = tab.locator("div.solution").first
+    text = solution.locator("p").last
+    assert not text.is_visible()
+    solution.locator(".admonition-title").click()
+    assert text.is_visible()
+
+
+def test_a_folded_proof_opens(opened):
+    tab, _, _ = opened("02_policy_gradient", "light")
+    proof = tab.locator("details", has_text="Proof").first
+    assert not proof.locator("p").last.is_visible()
+    proof.locator("summary").click()
+    assert proof.locator("p").last.is_visible()

@@ -1,6 +1,7 @@
 "The wheel, alone in a new environment, as a user installs it."
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,13 +9,6 @@ import venv
 
 import pytest
 from conftest import ROOT
-
-TRAIN = """
-from po_book.train import PPOConfig, train
-run = train("ppo", "CartPole-v1", config=PPOConfig(total_steps=2048))
-assert run.log[-1]["steps"] >= 2048, run.log[-1]
-assert run.evaluate(episodes=10).shape == (10,)
-"""
 
 MODULES = """
 import importlib, pkgutil, sys, po_book
@@ -55,8 +49,11 @@ def test_every_module_imports_without_development_dependencies(python, tmp_path)
     run(python, "-c", MODULES, cwd=tmp_path)
 
 
-def test_ppo_trains(python, tmp_path):
-    run(python, "-c", TRAIN, cwd=tmp_path)
+def test_the_example_of_the_readme_solves_cartpole(python, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    printed = run(python, "-c", example, cwd=tmp_path).stdout
+    assert float(re.search(r"tensor\((.*)\)", printed)[1]) >= 475
 
 
 def test_importing_the_package_is_free(python, tmp_path):
