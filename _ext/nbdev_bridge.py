@@ -54,12 +54,11 @@ def bridge_notebook(text: str, inputs: str) -> str:
     return json.dumps(notebook)
 
 
-def hash_inputs(root: Path = ROOT) -> str:
-    "Hash of the library, the recorded results and the locked environment."
-    paths = [*root.glob("po_book/*.py"), *root.glob("results/**/*")]
-    paths = [*sorted(p for p in paths if p.is_file()), root / "requirements-dev.txt"]
+def hash_files(root: Path, *patterns: str) -> str:
+    "Hash of the names and contents of all files below `root` that match a pattern."
+    paths = {path for pattern in patterns for path in root.glob(pattern)}
     digest = hashlib.sha256()
-    for path in paths:
+    for path in sorted(path for path in paths if path.is_file()):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -70,7 +69,11 @@ def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> dict:
-    # A changed value of an "env" setting makes Sphinx read every page again.
-    app.add_config_value("notebook_inputs", hash_inputs(), "env")
+    # A changed value of an "env" setting makes Sphinx read every page again, one of an
+    # "html" setting makes it write every page again.
+    inputs = hash_files(ROOT, "po_book/*.py", "results/**/*", "requirements-dev.txt")
+    app.add_config_value("notebook_inputs", inputs, "env")
+    look = hash_files(ROOT, "_static/**/*", "_ext/*.py", "settings.ini")
+    app.add_config_value("site_inputs", look, "html")
     app.connect("source-read", read_source)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from nbdev_bridge import bridge_cell, bridge_notebook, hash_inputs
+from nbdev_bridge import bridge_cell, bridge_notebook, hash_files
 
 
 def code(source: str, **metadata) -> dict:
@@ -74,14 +74,20 @@ def test_the_inputs_reach_the_cache_key():
     assert key("a") == key("a") != key("b")
 
 
-def test_the_hash_follows_the_library_and_the_results(tmp_path):
+def test_the_hash_follows_names_and_contents(tmp_path):
+    def current() -> str:
+        return hash_files(tmp_path, "po_book/*.py", "results/**/*")
+
     (tmp_path / "po_book").mkdir()
-    (tmp_path / "requirements-dev.txt").write_text("torch")
     module = tmp_path / "po_book" / "a.py"
     module.write_text("x = 1")
-    before = hash_inputs(tmp_path)
+    seen = [current()]
     module.write_text("x = 2")
-    after_code = hash_inputs(tmp_path)
+    seen.append(current())
     (tmp_path / "results" / "run").mkdir(parents=True)
     (tmp_path / "results" / "run" / "log.csv").write_text("1")
-    assert len({before, after_code, hash_inputs(tmp_path)}) == 3
+    seen.append(current())
+    module.rename(tmp_path / "po_book" / "b.py")
+    seen.append(current())
+    (tmp_path / "README.md").write_text("not matched")
+    assert len(set(seen)) == 4 and current() == seen[-1]
