@@ -6,7 +6,7 @@
 __all__ = ['Policy', 'mlp', 'ActorCritic', 'CategoricalPolicy', 'GaussianPolicy', 'make_policy', 'Rollout', 'Stepper', 'collect',
            'collect_episodes', 'evaluate']
 
-# %% ../nbs/08_rollout.ipynb #4b52f1d5
+# %% ../nbs/08_rollout.ipynb #d1100a60
 import math
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/08_rollout.ipynb #ae2aedaa
+# %% ../nbs/08_rollout.ipynb #33f3f364
 def mlp(
     sizes: list[int],          # widths, from input to output
     gain: float,               # scale of the last layer's weights
@@ -35,7 +35,7 @@ def mlp(
         layers += [layer] if last else [layer, nn.Tanh()]
     return nn.Sequential(*layers)
 
-# %% ../nbs/08_rollout.ipynb #1628a681
+# %% ../nbs/08_rollout.ipynb #444c0309
 class ActorCritic(nn.Module):
     "Two separate networks; subclasses say what distribution the actor's output means."
 
@@ -54,7 +54,7 @@ class ActorCritic(nn.Module):
         "Critic's estimate $V_\\phi(s)$."
         return self.critic(obs).squeeze(-1)
 
-# %% ../nbs/08_rollout.ipynb #d268dcb5
+# %% ../nbs/08_rollout.ipynb #20733bce
 class CategoricalPolicy(ActorCritic):
     "Policy over a finite set of actions, {eq}`eq-categorical`."
 
@@ -73,7 +73,7 @@ class CategoricalPolicy(ActorCritic):
         entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #528c2681
+# %% ../nbs/08_rollout.ipynb #513f0f89
 class GaussianPolicy(ActorCritic):
     "Diagonal Gaussian over real vectors, {eq}`eq-gaussian`."
 
@@ -104,10 +104,10 @@ class GaussianPolicy(ActorCritic):
         entropy = (log_norm + 0.5).sum().expand(z.shape[:-1])
         return -(0.5 * z**2 + log_norm).sum(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #2a7c1d4d
+# %% ../nbs/08_rollout.ipynb #49d6bc26
 Policy = CategoricalPolicy | GaussianPolicy
 
-# %% ../nbs/08_rollout.ipynb #c715175c
+# %% ../nbs/08_rollout.ipynb #679411b4
 def make_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -127,7 +127,7 @@ def make_policy(
         return GaussianPolicy(obs_dim, math.prod(space.shape), hidden, generator)
     raise ValueError(f"action space must be Discrete or a Box, got {space}")
 
-# %% ../nbs/08_rollout.ipynb #367ace63
+# %% ../nbs/08_rollout.ipynb #9275531a
 @dataclass(frozen=True)
 class Rollout:
     "Transitions of `N` environments over `T` steps, time-major."
@@ -146,7 +146,7 @@ class Rollout:
         "True where the next row belongs to another episode."
         return self.terminated | self.truncated
 
-# %% ../nbs/08_rollout.ipynb #0deba9cf
+# %% ../nbs/08_rollout.ipynb #dfb47b28
 def _to_tensor(obs: np.ndarray, device: torch.device) -> Float[Tensor, "N D"]:
     "A copy of all observations as one float32 matrix on `device`."
     return torch.tensor(obs, dtype=torch.float32, device=device).flatten(1)
@@ -160,7 +160,7 @@ def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
     shaped = array.reshape(len(array), *space.shape)
     return np.clip(shaped, space.low, space.high).astype(space.dtype)
 
-# %% ../nbs/08_rollout.ipynb #79149ce5
+# %% ../nbs/08_rollout.ipynb #532219ae
 class Stepper:
     """A vector environment that hands out true transitions, however it restarts.
 
@@ -220,7 +220,7 @@ class Stepper:
             self.finished.extend(self.returns[done].tolist())
             self.returns[done] = 0
 
-# %% ../nbs/08_rollout.ipynb #a5ecdc78
+# %% ../nbs/08_rollout.ipynb #39baccca
 @torch.no_grad()
 def collect(
     policy: Policy,
@@ -235,7 +235,7 @@ def collect(
         rows.append((obs, actions, *stepper.step(actions)))
     return _rollout(policy, rows)
 
-# %% ../nbs/08_rollout.ipynb #07668496
+# %% ../nbs/08_rollout.ipynb #088f2bcc
 def _rollout(policy: Policy, rows: list[tuple]) -> Rollout:
     "The table of rows (obs, actions, next_obs, rewards, terminated, truncated, valid)."
     obs, actions, next_obs, *arrays = zip(*rows)
@@ -244,7 +244,7 @@ def _rollout(policy: Policy, rows: list[tuple]) -> Rollout:
     logp, _ = policy.evaluate(obs, actions)
     return Rollout(obs, actions, logp, rewards.float(), next_obs, *flags)
 
-# %% ../nbs/08_rollout.ipynb #08e603e0
+# %% ../nbs/08_rollout.ipynb #bfcdcc51
 @torch.no_grad()
 def collect_episodes(
     policy: Policy,
@@ -262,7 +262,7 @@ def collect_episodes(
         alive = alive & ~(terminated | truncated)
     return _rollout(policy, rows)
 
-# %% ../nbs/08_rollout.ipynb #4df9a2e9
+# %% ../nbs/08_rollout.ipynb #d4328c91
 def evaluate(
     policy: Policy,
     env_id: str,          # a registered gymnasium environment
