@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'book_style', 'spread', 'spread_curves', 'recorded']
 
-# %% ../nbs/00_figures.ipynb #66a20cc9
+# %% ../nbs/00_figures.ipynb #8189ed3d
 import csv
 import json
 from importlib.metadata import metadata
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-# %% ../nbs/00_figures.ipynb #3b61b88c
+# %% ../nbs/00_figures.ipynb #a5c2b3b1
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 STYLE = {
@@ -34,7 +34,7 @@ STYLE = {
     "lines.linewidth": 1.6,
 }
 
-# %% ../nbs/00_figures.ipynb #cec52650
+# %% ../nbs/00_figures.ipynb #8aaef867
 def book_style() -> None:
     "Draw every following figure in the style of the book; in a notebook, as SVG."
     plt.rcParams.update(STYLE)
@@ -44,7 +44,7 @@ def book_style() -> None:
         return
     set_matplotlib_formats("svg")
 
-# %% ../nbs/00_figures.ipynb #05dae1ed
+# %% ../nbs/00_figures.ipynb #2d45ea70
 def spread(
     ax: Axes,
     x: ArrayLike,     # common horizontal positions, [points]
@@ -62,7 +62,7 @@ def spread(
     low, high, color = runs.min(0), runs.max(0), line.get_color()
     ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
-# %% ../nbs/00_figures.ipynb #ad51ae62
+# %% ../nbs/00_figures.ipynb #736912e5
 def spread_curves(
     ax: Axes,
     curves: list[tuple[ArrayLike, ArrayLike]],  # positions and heights of each run
@@ -74,9 +74,9 @@ def spread_curves(
     grid = np.linspace(first, last, points)
     spread(ax, grid, [np.interp(grid, x, y) for x, y in curves], label)
 
-# %% ../nbs/00_figures.ipynb #bd5d8592
+# %% ../nbs/00_figures.ipynb #cbd92278
 def _read(file: str) -> str:
-    "A file of `results/`: of this repository, or, where there is none, of the published one."
+    "A file of `results/`, here or, without a clone, where the book is published."
     path = Path("..", "results", file)
     if path.exists():
         return path.read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def _read(file: str) -> str:
     with urlopen(f"{raw}/main/results/{file}") as answer:
         return answer.read().decode()
 
-# %% ../nbs/00_figures.ipynb #597fe370
+# %% ../nbs/00_figures.ipynb #f76b3b0d
 def recorded(
     name: str,  # of the record
 ) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:

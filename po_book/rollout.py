@@ -7,7 +7,7 @@ __all__ = ['Policy', 'mlp', 'ActorCritic', 'CategoricalPolicy', 'GaussianPolicy'
            'make_q_policy', 'make_deterministic_policy', 'Rollout', 'Stepper', 'collect', 'collect_episodes',
            'evaluate']
 
-# %% ../nbs/08_rollout.ipynb #b645f0ad
+# %% ../nbs/08_rollout.ipynb #fe4a0520
 import math
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from torch.distributions import Categorical, Independent, Normal
 from .off_policy import explore
 from .value_based import epsilon_greedy
 
-# %% ../nbs/08_rollout.ipynb #1bd76534
+# %% ../nbs/08_rollout.ipynb #9f5df00f
 def mlp(
     sizes: list[int],          # widths, from input to output
     gain: float,               # scale of the last layer's weights
@@ -42,7 +42,7 @@ def mlp(
         layers += [layer] if last else [layer, activation()]
     return nn.Sequential(*layers)
 
-# %% ../nbs/08_rollout.ipynb #5579b92d
+# %% ../nbs/08_rollout.ipynb #497b4c72
 class ActorCritic(nn.Module):
     "Two separate networks; subclasses say what distribution the actor's output means."
 
@@ -66,7 +66,7 @@ class ActorCritic(nn.Module):
         "Critic's estimate $V_\\phi(s)$."
         return self.critic(obs).squeeze(-1)
 
-# %% ../nbs/08_rollout.ipynb #afa913dc
+# %% ../nbs/08_rollout.ipynb #fe016b1e
 class CategoricalPolicy(ActorCritic):
     "Policy over a finite set of actions, {eq}`eq-categorical`."
 
@@ -89,7 +89,7 @@ class CategoricalPolicy(ActorCritic):
         entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #96f2fc8d
+# %% ../nbs/08_rollout.ipynb #775d7543
 class GaussianPolicy(ActorCritic):
     "Diagonal Gaussian over real vectors, {eq}`eq-gaussian`."
 
@@ -125,7 +125,7 @@ class GaussianPolicy(ActorCritic):
         entropy = (log_norm + 0.5).sum().expand(z.shape[:-1])
         return -(0.5 * z**2 + log_norm).sum(-1), entropy
 
-# %% ../nbs/08_rollout.ipynb #7d00c5cf
+# %% ../nbs/08_rollout.ipynb #b3269192
 class QPolicy(nn.Module):
     "Greedy in its action values; in training mode random with probability `epsilon`."
 
@@ -148,7 +148,7 @@ class QPolicy(nn.Module):
         probs = epsilon_greedy(self.q(obs), self.epsilon if self.training else 0.0)
         return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
-# %% ../nbs/08_rollout.ipynb #6d81fdb1
+# %% ../nbs/08_rollout.ipynb #f57ff94f
 class DeterministicPolicy(nn.Module):
     "One action an observation {eq}`eq-deterministic`; noisy in training mode."
 
@@ -189,10 +189,10 @@ class DeterministicPolicy(nn.Module):
         unit = explore(self.actor(obs).tanh(), sigma, -1, 1, generator)
         return self.middle + self.half_width * unit
 
-# %% ../nbs/08_rollout.ipynb #c8ab1010
+# %% ../nbs/08_rollout.ipynb #c2f8f587
 Policy = CategoricalPolicy | GaussianPolicy | QPolicy | DeterministicPolicy
 
-# %% ../nbs/08_rollout.ipynb #ac8bba50
+# %% ../nbs/08_rollout.ipynb #b0c3d2a0
 def _obs_dim(env: VectorEnv) -> int:
     "Entries of a flattened observation."
     space = env.single_observation_space
@@ -200,7 +200,7 @@ def _obs_dim(env: VectorEnv) -> int:
         raise ValueError(f"observation space must be a Box, got {space}")
     return math.prod(space.shape)
 
-# %% ../nbs/08_rollout.ipynb #cab385be
+# %% ../nbs/08_rollout.ipynb #f439ea5e
 def make_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -217,7 +217,7 @@ def make_policy(
         return GaussianPolicy(obs_dim, math.prod(space.shape), hidden, generator)
     raise ValueError(f"action space must be Discrete or a Box, got {space}")
 
-# %% ../nbs/08_rollout.ipynb #d8508b2d
+# %% ../nbs/08_rollout.ipynb #e3c40286
 def make_q_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -232,7 +232,7 @@ def make_q_policy(
         raise ValueError(f"action space must be Discrete, got {space}")
     return QPolicy(obs_dim, int(space.n), hidden, generator)
 
-# %% ../nbs/08_rollout.ipynb #d9ccae95
+# %% ../nbs/08_rollout.ipynb #7fa9b89d
 def make_deterministic_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -248,7 +248,7 @@ def make_deterministic_policy(
     bounds = (torch.tensor(x, dtype=torch.float32) for x in (space.low, space.high))
     return DeterministicPolicy(obs_dim, *map(torch.ravel, bounds), hidden, generator)
 
-# %% ../nbs/08_rollout.ipynb #f4367691
+# %% ../nbs/08_rollout.ipynb #df90fd51
 @dataclass(frozen=True)
 class Rollout:
     "Transitions of `N` environments over `T` steps, time-major."
@@ -266,7 +266,7 @@ class Rollout:
         "True where the next row belongs to another episode."
         return self.terminated | self.truncated
 
-# %% ../nbs/08_rollout.ipynb #b9c765f1
+# %% ../nbs/08_rollout.ipynb #33f1cf1a
 def _to_tensor(obs: np.ndarray, device: torch.device) -> Float[Tensor, "N D"]:
     "A copy of all observations as one float32 matrix on `device`."
     return torch.tensor(obs, dtype=torch.float32, device=device).flatten(1)
@@ -280,7 +280,7 @@ def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
     shaped = array.reshape(len(array), *space.shape)
     return np.clip(shaped, space.low, space.high).astype(space.dtype)
 
-# %% ../nbs/08_rollout.ipynb #6c5b9baa
+# %% ../nbs/08_rollout.ipynb #a46e1e29
 class Stepper:
     """A vector environment that hands out true transitions, however it restarts.
 
@@ -340,7 +340,7 @@ class Stepper:
             self.finished.extend(self.returns[done].tolist())
             self.returns[done] = 0
 
-# %% ../nbs/08_rollout.ipynb #080258c7
+# %% ../nbs/08_rollout.ipynb #78e6717c
 @torch.no_grad()
 def collect(
     policy: Policy,
@@ -355,7 +355,7 @@ def collect(
         rows.append((obs, actions, *stepper.step(actions)))
     return _rollout(rows)
 
-# %% ../nbs/08_rollout.ipynb #6304e6f8
+# %% ../nbs/08_rollout.ipynb #0d943d4f
 def _rollout(rows: list[tuple]) -> Rollout:
     "The table of rows (obs, actions, next_obs, rewards, terminated, truncated, valid)."
     obs, actions, next_obs, *arrays = zip(*rows)
@@ -363,7 +363,7 @@ def _rollout(rows: list[tuple]) -> Rollout:
     rewards, *flags = (torch.as_tensor(np.stack(a), device=obs.device) for a in arrays)
     return Rollout(obs, actions, rewards.float(), next_obs, *flags)
 
-# %% ../nbs/08_rollout.ipynb #60969f70
+# %% ../nbs/08_rollout.ipynb #6d315713
 @torch.no_grad()
 def collect_episodes(
     policy: Policy,
@@ -381,7 +381,7 @@ def collect_episodes(
         alive = alive & ~(terminated | truncated)
     return _rollout(rows)
 
-# %% ../nbs/08_rollout.ipynb #19a55196
+# %% ../nbs/08_rollout.ipynb #16c21385
 def evaluate(
     policy: Policy,
     env_id: str,          # a registered gymnasium environment

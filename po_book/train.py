@@ -7,7 +7,7 @@ __all__ = ['ALGORITHMS', 'Config', 'Run', 'Learner', 'ReinforceConfig', 'reinfor
            'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration', 'MemoryConfig', 'DQNConfig', 'dqn_loss',
            'dqn_iteration', 'DDPGConfig', 'ddpg_loss', 'ddpg_iteration', 'Algorithm', 'train']
 
-# %% ../nbs/09_cartpole.ipynb #b89015a4
+# %% ../nbs/09_cartpole.ipynb #f05416a5
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from po_book.rollout import (
 from .trust_region import trpo_step
 from .value_based import Replay, q_loss, soft_update, td_target
 
-# %% ../nbs/09_cartpole.ipynb #99e35e51
+# %% ../nbs/09_cartpole.ipynb #856eac4f
 @dataclass(frozen=True)
 class Config:
     "What every algorithm needs to know."
@@ -67,7 +67,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/09_cartpole.ipynb #c0e8f7b3
+# %% ../nbs/09_cartpole.ipynb #0dcaf6ac
 @dataclass
 class Run:
     "A training run: what was asked, what was learned, what was seen."
@@ -88,7 +88,7 @@ class Run:
         "Return of each of `episodes` fresh episodes, actions sampled."
         return evaluate(self.policy, self.env_id, episodes, seed)
 
-# %% ../nbs/09_cartpole.ipynb #c33b5c07
+# %% ../nbs/09_cartpole.ipynb #0899cb01
 @dataclass
 class Learner:
     "The moving parts of a run."
@@ -116,7 +116,7 @@ class Learner:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
         self.optimizer.step()
 
-# %% ../nbs/09_cartpole.ipynb #7c6b8fdd
+# %% ../nbs/09_cartpole.ipynb #ee98b4d2
 @dataclass(frozen=True)
 class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
@@ -124,7 +124,7 @@ class ReinforceConfig(Config):
     lr: float = 5e-3
     gamma: float = 0.99
 
-# %% ../nbs/09_cartpole.ipynb #031a3f4a
+# %% ../nbs/09_cartpole.ipynb #582e0e71
 def reinforce_iteration(
     learner: Learner,
     config: ReinforceConfig,
@@ -140,7 +140,7 @@ def reinforce_iteration(
     mean_entropy = entropy[rollout.valid].mean().detach()
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
-# %% ../nbs/09_cartpole.ipynb #1ea9c455
+# %% ../nbs/09_cartpole.ipynb #aff8c8ef
 @dataclass(frozen=True)
 class CriticConfig(Config):
     "Settings that methods with a critic share."
@@ -158,14 +158,14 @@ class CriticConfig(Config):
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {self.lam}")
 
-# %% ../nbs/09_cartpole.ipynb #e381be9f
+# %% ../nbs/09_cartpole.ipynb #1e6afdf8
 @torch.no_grad()
 def critic_batch(
     policy: Policy, rollout: Rollout, gamma: float, lam: float
 ) -> dict[str, Tensor]:
     """The transitions of a rollout in one long row, with advantages and value targets.
 
-    `policy` must still be the one that sampled them: its log-probabilities are old ones.
+    `policy` must still be the one that sampled: its log-probabilities become the old.
     """
     values = policy.value(rollout.obs)
     advantages = gae(
@@ -186,7 +186,7 @@ def critic_batch(
     }
     return {name: column[rollout.valid] for name, column in table.items()}
 
-# %% ../nbs/09_cartpole.ipynb #4bcb6b97
+# %% ../nbs/09_cartpole.ipynb #f1f7cf47
 def _minibatches(
     batch: dict[str, Tensor], size: int, generator: torch.Generator
 ) -> list[dict[str, Tensor]]:
@@ -196,12 +196,12 @@ def _minibatches(
     parts = order.tensor_split(-(-rows // size))
     return [{name: column[part] for name, column in batch.items()} for part in parts]
 
-# %% ../nbs/09_cartpole.ipynb #de05beec
+# %% ../nbs/09_cartpole.ipynb #be014378
 def _means(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Mean of every metric over the gradient steps of an iteration."
     return {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
 
-# %% ../nbs/09_cartpole.ipynb #1f91d5cb
+# %% ../nbs/09_cartpole.ipynb #cfa621c8
 @dataclass(frozen=True)
 class TRPOConfig(CriticConfig):
     "Settings of TRPO; `lr`, `epochs` and `minibatch` are the critic's."
@@ -216,7 +216,7 @@ class TRPOConfig(CriticConfig):
         if not self.damping >= 0:
             raise ValueError(f"damping must be at least 0, got {self.damping}")
 
-# %% ../nbs/09_cartpole.ipynb #31dd9370
+# %% ../nbs/09_cartpole.ipynb #a1cae661
 def trpo_iteration(
     learner: Learner,
     config: TRPOConfig,
@@ -251,7 +251,7 @@ def trpo_iteration(
             learner.step(error, config.max_grad_norm)
     return rollout, metrics | {"value_loss": error.detach()}
 
-# %% ../nbs/09_cartpole.ipynb #41358b04
+# %% ../nbs/09_cartpole.ipynb #01d3dc0a
 @dataclass(frozen=True)
 class PPOConfig(CriticConfig):
     "Settings of PPO."
@@ -266,7 +266,7 @@ class PPOConfig(CriticConfig):
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
 
-# %% ../nbs/09_cartpole.ipynb #f7ed7d84
+# %% ../nbs/09_cartpole.ipynb #0e8aaacf
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
@@ -299,7 +299,7 @@ def ppo_iteration(
             history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #c0656d16
+# %% ../nbs/09_cartpole.ipynb #c73ed830
 @dataclass(frozen=True)
 class MemoryConfig(Config):
     "Settings that methods with a memory share."
@@ -321,7 +321,7 @@ class MemoryConfig(Config):
             got = f"{self.learning_starts} > {self.memory}"
             raise ValueError(f"learning_starts must not exceed memory, got {got}")
 
-# %% ../nbs/09_cartpole.ipynb #3deaa861
+# %% ../nbs/09_cartpole.ipynb #fbef8d36
 def _learn_from_memory(
     learner: Learner,
     config: MemoryConfig,
@@ -343,7 +343,7 @@ def _learn_from_memory(
         history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #c8a53331
+# %% ../nbs/09_cartpole.ipynb #466666a3
 @dataclass(frozen=True)
 class DQNConfig(MemoryConfig):
     "Settings of DQN."
@@ -361,7 +361,7 @@ class DQNConfig(MemoryConfig):
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
 
-# %% ../nbs/09_cartpole.ipynb #8a4dfbe4
+# %% ../nbs/09_cartpole.ipynb #fa617b79
 def dqn_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -379,7 +379,7 @@ def dqn_loss(
     loss = q_loss(q, batch["actions"], targets)
     return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
 
-# %% ../nbs/09_cartpole.ipynb #8d97ae2c
+# %% ../nbs/09_cartpole.ipynb #c40df6eb
 def dqn_iteration(
     learner: Learner,
     config: DQNConfig,
@@ -391,7 +391,7 @@ def dqn_iteration(
     learner.set_lr(config.lr * remaining)
     return _learn_from_memory(learner, config, dqn_loss)
 
-# %% ../nbs/09_cartpole.ipynb #61fcfdde
+# %% ../nbs/09_cartpole.ipynb #2b018b60
 @dataclass(frozen=True)
 class DDPGConfig(MemoryConfig):
     "Settings of DDPG."
@@ -409,7 +409,7 @@ class DDPGConfig(MemoryConfig):
         super().__post_init__()
         self._positive("sigma")
 
-# %% ../nbs/09_cartpole.ipynb #bbc187fd
+# %% ../nbs/09_cartpole.ipynb #0d686d95
 def ddpg_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -431,7 +431,7 @@ def ddpg_loss(
     metrics = {"value_loss": value_loss.detach(), "q": -actor_loss.detach()}
     return value_loss + actor_loss, metrics
 
-# %% ../nbs/09_cartpole.ipynb #39af8bf3
+# %% ../nbs/09_cartpole.ipynb #df560783
 def ddpg_iteration(
     learner: Learner,
     config: DDPGConfig,
@@ -442,7 +442,7 @@ def ddpg_iteration(
     learner.policy.sigma = 1.0 if fresh else config.sigma
     return _learn_from_memory(learner, config, ddpg_loss)
 
-# %% ../nbs/09_cartpole.ipynb #f2e08bc6
+# %% ../nbs/09_cartpole.ipynb #44a2b0a3
 @dataclass(frozen=True)
 class Algorithm:
     "What tells one method from another."
@@ -451,7 +451,7 @@ class Algorithm:
     iteration: Callable  # (learner, config, remaining) to a rollout and metrics
     make_policy: Callable = make_policy  # (env, hidden, generator) to a policy
 
-# %% ../nbs/09_cartpole.ipynb #77db8150
+# %% ../nbs/09_cartpole.ipynb #0d2c62c9
 ALGORITHMS: dict[str, Algorithm] = {
     "reinforce": Algorithm(ReinforceConfig, reinforce_iteration),
     "trpo": Algorithm(TRPOConfig, trpo_iteration),
@@ -460,7 +460,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ddpg": Algorithm(DDPGConfig, ddpg_iteration, make_deterministic_policy),
 }
 
-# %% ../nbs/09_cartpole.ipynb #a4391689
+# %% ../nbs/09_cartpole.ipynb #5b02dc36
 def _checked_config(algorithm: str, config: Config | None) -> Config:
     "`config`, or the default of `algorithm`; refused if it belongs to another one."
     if algorithm not in ALGORITHMS:
@@ -472,7 +472,7 @@ def _checked_config(algorithm: str, config: Config | None) -> Config:
         raise ValueError(f"config of {algorithm} must be a {kind.__name__}, got {got}")
     return config or kind()
 
-# %% ../nbs/09_cartpole.ipynb #6331ab06
+# %% ../nbs/09_cartpole.ipynb #6f5dd89e
 def _learner(
     env_id: str,
     seed: int,
@@ -493,7 +493,7 @@ def _learner(
         learner.replay = Replay(config.memory)
     return learner
 
-# %% ../nbs/09_cartpole.ipynb #c89211dc
+# %% ../nbs/09_cartpole.ipynb #5d326fd4
 def _recent_return(stepper: Stepper) -> dict[str, float]:
     "Mean return of the latest hundred training episodes, once one has ended."
     latest = stepper.finished[-100:]
@@ -505,7 +505,7 @@ def _fresh_score(run: Run, steps: int) -> float:
     seed = 1_000_000 * (run.seed + 1) + steps
     return run.evaluate(run.config.eval_episodes, seed).mean().item()
 
-# %% ../nbs/09_cartpole.ipynb #15e8a6b5
+# %% ../nbs/09_cartpole.ipynb #dce39d95
 def train(
     algorithm: str,  # a key of `ALGORITHMS`
     env_id: str,     # a registered gymnasium environment

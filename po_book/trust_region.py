@@ -6,7 +6,7 @@
 __all__ = ['policy_advantage', 'performance_difference', 'surrogate', 'conservative_step', 'trpo_bound', 'discounted_weights',
            'fisher_vector_product', 'conjugate_gradient', 'line_search', 'trpo_step']
 
-# %% ../nbs/06_trust_region.ipynb #7c1e8978
+# %% ../nbs/06_trust_region.ipynb #9fcdc888
 from collections.abc import Callable, Iterable
 from math import isfinite, sqrt
 
@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from .mdp import TabularMDP, kl_divergence
 
-# %% ../nbs/06_trust_region.ipynb #4e3cc31f
+# %% ../nbs/06_trust_region.ipynb #99d4f1aa
 def policy_advantage(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # whose advantages $A^\pi$
@@ -30,7 +30,7 @@ def policy_advantage(
     (P, r), V = mdp.under(pi_new), mdp.values(pi)
     return r + mdp.gamma * P @ V - V
 
-# %% ../nbs/06_trust_region.ipynb #9220ff21
+# %% ../nbs/06_trust_region.ipynb #bb22d062
 def _collected(
     mdp: TabularMDP, pi: Tensor, pi_new: Tensor, visitor: Tensor
 ) -> Float[Tensor, ""]:
@@ -38,7 +38,7 @@ def _collected(
     gain = policy_advantage(mdp, pi, pi_new)
     return mdp.occupancy(visitor) @ gain / (1 - mdp.gamma)
 
-# %% ../nbs/06_trust_region.ipynb #989596d3
+# %% ../nbs/06_trust_region.ipynb #bc3707e0
 def performance_difference(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy, which gives the advantages
@@ -51,7 +51,7 @@ def performance_difference(
     """
     return _collected(mdp, pi, pi_new, visitor=pi_new)
 
-# %% ../nbs/06_trust_region.ipynb #29f200bd
+# %% ../nbs/06_trust_region.ipynb #157c55d7
 def surrogate(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy, which gives states and advantages
@@ -64,12 +64,12 @@ def surrogate(
     """
     return mdp.objective(pi) + _collected(mdp, pi, pi_new, visitor=pi)
 
-# %% ../nbs/06_trust_region.ipynb #d03a1615
+# %% ../nbs/06_trust_region.ipynb #1b644bef
 def _greedy(mdp: TabularMDP, pi: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
     "The policy at which the surrogate of `pi` is largest."
     return one_hot(mdp.advantages(pi).argmax(-1), mdp.n_actions).double()
 
-# %% ../nbs/06_trust_region.ipynb #0d1a2f31
+# %% ../nbs/06_trust_region.ipynb #0613b73c
 def conservative_step(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],  # the policy to improve
@@ -88,7 +88,7 @@ def conservative_step(
     alpha = (rise / fall).item() if rise < fall else 1.0
     return (1 - alpha) * pi + alpha * star, alpha
 
-# %% ../nbs/06_trust_region.ipynb #6b184edb
+# %% ../nbs/06_trust_region.ipynb #cc1335c4
 def trpo_bound(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy
@@ -105,13 +105,13 @@ def trpo_bound(
     # 0 times infinity is NaN; here it means that no future is at stake: nothing is lost
     return prediction - loss.nan_to_num(nan=0.0, posinf=torch.inf)
 
-# %% ../nbs/06_trust_region.ipynb #55b5faa2
+# %% ../nbs/06_trust_region.ipynb #535247b9
 def _require(ok: bool, name: str, rule: str, got: object) -> None:
     "Refuse an argument that breaks a rule."
     if not ok:
         raise ValueError(f"{name} must be {rule}, got {got}")
 
-# %% ../nbs/06_trust_region.ipynb #3b07460e
+# %% ../nbs/06_trust_region.ipynb #f8a1f69f
 def discounted_weights(
     horizon: int,  # number of steps $T$, at least 1
     gamma: float,  # discount, in [0, 1]; 1 gives the plain average
@@ -127,18 +127,18 @@ def discounted_weights(
     weights = gamma ** torch.arange(horizon, dtype=torch.float64)
     return weights / weights.sum()
 
-# %% ../nbs/06_trust_region.ipynb #dc515b61
+# %% ../nbs/06_trust_region.ipynb #4af387a0
 def _flat(tensors: Iterable[Tensor]) -> Float[Tensor, "P"]:
     "All entries of some tensors, one after the other."
     return torch.cat([x.reshape(-1) for x in tensors])
 
-# %% ../nbs/06_trust_region.ipynb #b8fc99ed
+# %% ../nbs/06_trust_region.ipynb #90745ef5
 def _pieces(flat: Float[Tensor, "P"], like: list[Tensor]) -> list[Tensor]:
     "The inverse of `_flat`: a vector cut into the shapes of some tensors."
     sizes = [x.numel() for x in like]
     return [piece.view(x.shape) for piece, x in zip(flat.split(sizes), like)]
 
-# %% ../nbs/06_trust_region.ipynb #32a10a6c
+# %% ../nbs/06_trust_region.ipynb #615a45e2
 def fisher_vector_product(
     divergence: Float[Tensor, ""],  # mean KL from the old policy, its graph alive
     params: Iterable[Tensor],       # what the new policy depends on
@@ -160,7 +160,7 @@ def fisher_vector_product(
 
     return product
 
-# %% ../nbs/06_trust_region.ipynb #7698cbbb
+# %% ../nbs/06_trust_region.ipynb #6fe73721
 def conjugate_gradient(
     product: Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]],  # $v\mapsto Mv$
     b: Float[Tensor, "P"],  # right side
@@ -191,20 +191,20 @@ def conjugate_gradient(
         direction.mul_(size / before).add_(residual)
     return x
 
-# %% ../nbs/06_trust_region.ipynb #7b0a0a67
+# %% ../nbs/06_trust_region.ipynb #c7f0cd0c
 def _place(params: list[Tensor], flat: Float[Tensor, "P"]) -> None:
     "Overwrite the entries of `params`, in the order of `_flat`."
     for p, piece in zip(params, _pieces(flat, params)):
         p.copy_(piece)
 
-# %% ../nbs/06_trust_region.ipynb #fbf7b6ce
+# %% ../nbs/06_trust_region.ipynb #5b7f7a6c
 def _check_search(max_kl: float, tries: int, shrink: float) -> None:
     "Refuse settings with which a line search makes no sense."
     _require(0 < max_kl < float("inf"), "max_kl", "positive and finite", max_kl)
     _require(tries >= 1, "tries", "at least 1", tries)
     _require(0 < shrink < 1, "shrink", "in (0, 1)", shrink)
 
-# %% ../nbs/06_trust_region.ipynb #84f52db0
+# %% ../nbs/06_trust_region.ipynb #17aaa4b3
 @torch.no_grad()
 def line_search(
     params: Iterable[Tensor],  # changed in place
@@ -236,7 +236,7 @@ def line_search(
     _place(params, start)
     return {"gain": 0.0, "kl": 0.0, "fraction": 0.0}
 
-# %% ../nbs/06_trust_region.ipynb #05b5a8ae
+# %% ../nbs/06_trust_region.ipynb #1a867989
 def trpo_step(
     params: Iterable[Tensor],  # of the policy, changed in place
     surrogate: Callable[[], Float[Tensor, ""]],   # mean of $\rho\hat A$, to be raised

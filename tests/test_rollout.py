@@ -6,12 +6,16 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from po_book.rollout import (
     CategoricalPolicy,
+    DeterministicPolicy,
     GaussianPolicy,
+    QPolicy,
     Stepper,
     collect,
     collect_episodes,
     evaluate,
+    make_deterministic_policy,
     make_policy,
+    make_q_policy,
     mlp,
 )
 
@@ -108,12 +112,6 @@ def test_one_episode_of_each_environment(policy):
     assert len(table.valid) == lengths.max()
 
 
-def test_the_stored_logp_is_that_of_the_sampler(policy):
-    table = collect(policy, Stepper(vector("NextStep"), seed=0), 20, generator())
-    logp, _ = policy.evaluate(table.obs, table.actions)
-    assert torch.equal(table.logp, logp.detach())
-
-
 def test_same_seed_same_rollout_and_untouched_global_state(policy):
     def rollout():
         env = gym.make_vec("CartPole-v1", num_envs=2)
@@ -136,8 +134,6 @@ def test_actions_reach_the_environment_in_its_own_form():
     table = collect(policy, Stepper(env, seed=0), 20, generator())
     # What is stored is what was sampled, beyond the bounds of the torque.
     assert table.actions.abs().max() > 2
-    logp, _ = policy.evaluate(table.obs, table.actions)
-    assert torch.equal(table.logp, logp.detach())
 
 
 def test_gaussian_gradient_against_torch():
@@ -150,6 +146,85 @@ def test_gaussian_gradient_against_torch():
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b)
+
+
+def test_a_distribution_says_what_evaluate_says():
+    for policy, actions in (
+        (CategoricalPolicy(2, 3, generator=generator()), torch.tensor([0, 2, 1, 1])),
+        (GaussianPolicy(2, 3, generator=generator()), torch.randn(4, 3)),
+    ):
+        obs = torch.randn(4, 2)
+        logp, entropy = policy.evaluate(obs, actions)
+        torch.testing.assert_close(policy.distribution(obs).log_prob(actions), logp)
+        torch.testing.assert_close(policy.distribution(obs).entropy(), entropy)
+
+
+def test_actor_parameters_are_what_the_distribution_depends_on():
+    for policy in CategoricalPolicy(2, 3), GaussianPolicy(2, 3):
+        actions = policy.act(torch.zeros(5, 2))
+        logp, _ = policy.evaluate(torch.ones(5, 2), actions)
+        grads = torch.autograd.grad(logp.sum(), list(policy.parameters()), allow_unused=True)
+        needed = {p for p, g in zip(policy.parameters(), grads) if g is not None}
+        assert set(policy.actor_parameters()) == needed
+
+
+def test_a_q_policy_explores_in_training_mode_only():
+    policy, obs = QPolicy(4, 3, generator=generator()), torch.randn(1, 4).expand(30_000, -1)
+    best = policy.q(obs[:1]).argmax().item()
+    policy.epsilon = 0.3
+    shares = policy.act(obs, generator()).bincount(minlength=3) / 30_000
+    expected = torch.full((3,), 0.1)
+    expected[best] = 0.8
+    torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
+    assert (policy.eval().act(obs, generator()) == best).all()
+
+
+def test_a_deterministic_policy_stays_within_uneven_bounds():
+    low, high = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 2.5])
+    policy = DeterministicPolicy(4, low, high, generator=generator())
+    with torch.no_grad():
+        policy.actor[-1].bias.copy_(torch.tensor([20.0, -20.0]))
+    obs = torch.randn(5000, 4)
+    torch.testing.assert_close(policy.mean(obs[:1]), torch.tensor([[3.0, 2.0]]))
+    policy.sigma = 0.2
+    noisy = policy.act(obs, generator())
+    assert (noisy >= low).all() and (noisy <= high).all() and noisy.std(0).min() > 0
+    # Half of the noise is cut off at the bound; the rest scales with the width.
+    inside = (policy.mean(obs) - noisy).abs().mean(0)
+    torch.testing.assert_close(inside[0] / inside[1], torch.tensor(8.0), atol=0.6, rtol=0)
+    assert torch.equal(policy.eval().act(obs), policy.mean(obs).detach())
+
+
+def test_the_critic_sees_actions_in_half_widths():
+    wide = DeterministicPolicy(4, torch.tensor([-20.0]), torch.tensor([20.0]), generator=generator())
+    unit = DeterministicPolicy(4, torch.tensor([-1.0]), torch.tensor([1.0]), generator=generator())
+    obs, actions = torch.randn(6, 4), torch.rand(6, 1)
+    torch.testing.assert_close(wide.q(obs, 20 * actions), unit.q(obs, actions))
+
+
+def test_a_score_leaves_the_mode_as_it_was():
+    env = gym.make_vec("CartPole-v1", num_envs=2)
+    policy = make_q_policy(env, generator=generator())
+    returns = evaluate(policy, "CartPole-v1", 5)
+    assert policy.training and torch.equal(returns, evaluate(policy.eval(), "CartPole-v1", 5))
+    assert not policy.training
+
+
+@pytest.mark.parametrize(
+    "make, env_id, message",
+    [
+        (make_q_policy, "Pendulum-v1", "action space must be Discrete, got Box"),
+        (make_deterministic_policy, "CartPole-v1", "action space must be a Box, got Discrete"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_actions(make, env_id, message):
+    with pytest.raises(ValueError, match=message):
+        make(gym.make_vec(env_id, num_envs=1))
+
+
+def test_a_deterministic_policy_needs_bounds():
+    with pytest.raises(ValueError, match="action bounds must be finite"):
+        DeterministicPolicy(2, torch.tensor([-1.0]), torch.tensor([torch.inf]))
 
 
 def test_evaluate_counts_every_reward_of_one_episode_each():
@@ -215,5 +290,5 @@ def test_a_float64_default_changes_nothing(env_id):
         table = collect(make_policy(env, generator=generator()), Stepper(env, seed=0), 3)
     finally:
         torch.set_default_dtype(torch.float32)
-    floats = table.obs, table.next_obs, table.rewards, table.logp
+    floats = table.obs, table.next_obs, table.rewards
     assert {x.dtype for x in floats} == {torch.float32}

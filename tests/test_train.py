@@ -3,25 +3,43 @@ import numpy as np
 import pytest
 import torch
 
-from po_book.rollout import collect
+import po_book.train
+from po_book.rollout import collect, make_deterministic_policy, make_q_policy
 from po_book.train import (
+    ALGORITHMS,
     Config,
+    DDPGConfig,
+    DQNConfig,
     PPOConfig,
     ReinforceConfig,
+    TRPOConfig,
     _learner,
-    ppo_batch,
+    critic_batch,
+    ddpg_loss,
+    dqn_loss,
     train,
+    trpo_iteration,
 )
 
+MEMORY = dict(learning_starts=200, n_envs=4, n_steps=16, updates=8)
 SMALL = {
     "ppo": PPOConfig(total_steps=1500, n_envs=4, n_steps=32, minibatch=64, epochs=2),
+    "trpo": TRPOConfig(total_steps=1500, n_envs=4, n_steps=32, minibatch=64, epochs=2),
     "reinforce": ReinforceConfig(total_steps=1500, n_envs=4),
+    "dqn": DQNConfig(total_steps=1500, memory=500, **MEMORY),
+    "ddpg": DDPGConfig(total_steps=1500, memory=500, **MEMORY),
 }
 
 
 def quick(algorithm: str, **kwargs):
-    kwargs = {"env_id": "CartPole-v1", "config": SMALL[algorithm], "progress": False} | kwargs
+    env_id = "Pendulum-v1" if algorithm == "ddpg" else "CartPole-v1"
+    kwargs = {"env_id": env_id, "config": SMALL[algorithm], "progress": False} | kwargs
     return train(algorithm, **kwargs)
+
+
+def test_every_algorithm_is_tested_here():
+    assert SMALL.keys() == ALGORITHMS.keys()
+    assert all(type(SMALL[name]) is ALGORITHMS[name].config for name in SMALL)
 
 
 @pytest.mark.parametrize("algorithm", SMALL)
@@ -67,6 +85,17 @@ def test_ppo_learns_cartpole():
     assert quick("ppo", config=config).log[-1]["score"] >= 250
 
 
+def test_trpo_learns_cartpole():
+    config = TRPOConfig(total_steps=40_000, eval_every=2_000, solved_at=250)
+    assert quick("trpo", config=config).log[-1]["score"] >= 250
+
+
+def test_dqn_learns_cartpole():
+    "The chapter solves it; here it gets to a hundred within seconds."
+    config = DQNConfig(total_steps=10_000, eval_every=1_000, solved_at=100)
+    assert quick("dqn", config=config).log[-1]["score"] >= 100
+
+
 def test_reinforce_learns_cartpole():
     config = ReinforceConfig(total_steps=40_000, eval_every=2_000, solved_at=150)
     assert quick("reinforce", config=config).log[-1]["score"] >= 150
@@ -100,10 +129,12 @@ def target():
     del gym.registry["Target-v0"]
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+@pytest.mark.parametrize("algorithm", ["ppo", "trpo", "reinforce", "ddpg"])
 def test_continuous_actions(algorithm, target):
     config = {
         "ppo": PPOConfig(total_steps=20_000, hidden=(32,)),
+        "trpo": TRPOConfig(total_steps=20_000, hidden=(32,), max_kl=0.05),
+        "ddpg": DDPGConfig(total_steps=3_000),
         "reinforce": ReinforceConfig(total_steps=30_000, n_envs=64, hidden=(32,)),
     }[algorithm]
     run = quick(algorithm, env_id=target, config=config)
@@ -114,9 +145,11 @@ def test_continuous_actions(algorithm, target):
 def test_the_batch_is_the_valid_rows_of_the_table():
     learner = _learner("CartPole-v1", 0, torch.device("cpu"), PPOConfig(n_envs=4))
     rollout = collect(learner.policy, learner.stepper, 60, learner.generator)
-    batch = ppo_batch(learner.policy, rollout, 0.9, 0.8)
+    batch = critic_batch(learner.policy, rollout, 0.9, 0.8)
     assert not rollout.valid.all()
     assert len(batch["logp"]) == rollout.valid.sum()
+    logp, _ = learner.policy.evaluate(batch["obs"], batch["actions"])
+    torch.testing.assert_close(batch["logp"], logp.detach())
     values = learner.policy.value(batch["obs"]).detach()
     torch.testing.assert_close(batch["returns"], batch["advantages"] + values)
     # By hand, for the last transition of an episode that ended by itself.
@@ -126,9 +159,103 @@ def test_the_batch_is_the_valid_rows_of_the_table():
     torch.testing.assert_close(batch["advantages"][index], 1.0 - value)
 
 
+def test_trpo_stays_in_its_region():
+    config = TRPOConfig(total_steps=8_000, max_kl=0.02)
+    for row in quick("trpo", config=config).log:
+        assert row["kl"] <= 0.02 and (row["fraction"] > 0) == (row["gain"] > 0)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_trpo_moves_the_actor_by_the_natural_step_alone(env_id, monkeypatch):
+    "Without that step an iteration changes the critic, and the actor not by one bit."
+    none = {"gain": 0.0, "kl": 0.0, "fraction": 0.0}
+    monkeypatch.setattr(po_book.train, "trpo_step", lambda *args: none)
+    learner = _learner(env_id, 0, torch.device("cpu"), SMALL["trpo"])
+    policy = learner.policy
+    actor, critic = policy.actor_parameters(), list(policy.critic.parameters())
+    before = [[x.detach().clone() for x in group] for group in (actor, critic)]
+    trpo_iteration(learner, SMALL["trpo"], 1.0)
+    assert all(map(torch.equal, actor, before[0]))
+    assert not any(map(torch.equal, critic, before[1]))
+
+
+def remembered(actions: torch.Tensor) -> dict[str, torch.Tensor]:
+    "Six transitions; the last two ended by themselves."
+    draw = torch.Generator().manual_seed(0)
+    end = torch.arange(6) >= 4
+    obs, next_obs = torch.randn(2, 6, 3, generator=draw)
+    return dict(obs=obs, next_obs=next_obs, actions=actions, rewards=torch.arange(6.0), terminated=end)
+
+
+def vector(env_id: str):
+    return gym.make_vec(env_id, num_envs=1)
+
+
+def test_dqn_loss_by_hand():
+    env = vector("Acrobot-v1")
+    env.single_observation_space = gym.spaces.Box(-1, 1, (3,))
+    policy, target = (make_q_policy(env, (8,), torch.Generator().manual_seed(i)) for i in (0, 1))
+    batch = remembered(torch.tensor([0, 1, 2, 0, 1, 2]))
+    loss, _ = dqn_loss(policy, target, batch, 0.9)
+    by_hand = 0.0
+    for i in range(6):
+        best = 0.0 if i >= 4 else target.q(batch["next_obs"][i]).max()
+        error = policy.q(batch["obs"][i])[batch["actions"][i]] - (float(i) + 0.9 * best)
+        by_hand += error**2 / 12
+    torch.testing.assert_close(loss, by_hand)
+    loss.backward()
+    assert all(p.grad is None for p in target.parameters())
+
+
+def test_ddpg_loss_trains_each_network_for_its_own_end():
+    env = vector("Pendulum-v1")
+    policy, target = (make_deterministic_policy(env, (8,), torch.Generator().manual_seed(i)) for i in (0, 1))
+    batch = remembered(torch.linspace(-2, 2, 6)[:, None])
+    loss, _ = ddpg_loss(policy, target, batch, 0.9)
+    loss.backward()
+    with torch.no_grad():
+        follows = target.q(batch["next_obs"], target.mean(batch["next_obs"]))
+        y = batch["rewards"] + 0.9 * follows * ~batch["terminated"]
+    error = (policy.q(batch["obs"], batch["actions"]) - y).square().mean()
+    worth = policy.q(batch["obs"], policy.mean(batch["obs"])).mean()
+    for network, goal in (policy.critic, error), (policy.actor, -worth):
+        grads = torch.autograd.grad(goal, list(network.parameters()), retain_graph=True)
+        for parameter, grad in zip(network.parameters(), grads):
+            torch.testing.assert_close(parameter.grad, grad)
+    assert all(p.grad is None for p in target.parameters())
+    assert all(p.requires_grad for p in policy.critic.parameters())
+
+
+def test_the_copy_follows_and_the_memory_holds_transitions_only():
+    config = SMALL["dqn"]
+    learner = _learner("CartPole-v1", 0, torch.device("cpu"), config, make_q_policy)
+    start = [x.clone() for x in learner.target.parameters()]
+    seen = 0
+    for _ in range(6):
+        rollout, metrics = ALGORITHMS["dqn"].iteration(learner, config, 0.5)
+        seen += int(rollout.valid.sum())
+        assert len(learner.replay) == seen and bool(metrics) == (seen >= 200)
+    rows = learner.replay.columns
+    assert not (rows["obs"][:seen] == rows["next_obs"][:seen]).all(-1).any()
+    for old, copy, online in zip(start, learner.target.parameters(), learner.policy.parameters()):
+        assert not torch.equal(old, copy) and not torch.equal(copy, online)
+
+
+def test_exploration_falls_to_its_floor():
+    config = DQNConfig(exploration=0.5, epsilon=0.1, memory=10_000, learning_starts=10_000)
+    learner = _learner("CartPole-v1", 0, torch.device("cpu"), config, make_q_policy)
+    seen = []
+    for remaining in 1.0, 0.75, 0.5, 0.0:
+        ALGORITHMS["dqn"].iteration(learner, config, remaining)
+        seen.append(learner.policy.epsilon)
+    assert seen == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
+        ({"algorithm": "dqn", "env_id": "Pendulum-v1"}, "action space must be Discrete"),
+        ({"algorithm": "ddpg", "env_id": "CartPole-v1"}, "action space must be a Box"),
         ({"algorithm": "pqo"}, "algorithm must be one of .*'ppo'.* got 'pqo'"),
         ({"algorithm": "ppo", "config": ReinforceConfig()}, "must be a PPOConfig, got ReinforceConfig"),
         ({"algorithm": "ppo", "config": Config()}, "must be a PPOConfig, got Config"),
@@ -159,6 +286,24 @@ def test_an_unknown_environment():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         PPOConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        (TRPOConfig, {"max_kl": 0.0}, "max_kl must be positive, got 0"),
+        (TRPOConfig, {"damping": -1.0}, "damping must be at least 0, got -1"),
+        (TRPOConfig, {"lam": 2.0}, "lam must be in"),
+        (DQNConfig, {"tau": 0.0}, r"tau must be in \(0, 1\], got 0"),
+        (DQNConfig, {"epsilon": 1.1}, "epsilon must be in"),
+        (DQNConfig, {"memory": 100}, "learning_starts must not exceed memory, got 1000 > 100"),
+        (DDPGConfig, {"sigma": 0.0}, "sigma must be positive"),
+        (DDPGConfig, {"updates": 0}, "updates must be positive"),
+    ],
+)
+def test_bad_settings_of_other_methods(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
