@@ -28,7 +28,10 @@ SEEDS = range(5)
 
 DQN = dict(eval_every=2_500)
 DDPG = dict(eval_every=1_000)
-TRPO = dict(total_steps=150_000, n_steps=128, gamma=0.9, max_kl=0.02, max_grad_norm=100.0)
+TRPO = TRPOConfig(
+    total_steps=200_000, n_envs=32, n_steps=128, gamma=0.9, lam=0.95, epochs=10,
+    max_kl=0.02, max_grad_norm=100.0, eval_every=10_000,
+)
 
 # name: algorithm, environment, and the settings of each variant
 RECORDS: dict[str, tuple[str, str, dict[str, Config]]] = {
@@ -43,7 +46,7 @@ RECORDS: dict[str, tuple[str, str, dict[str, Config]]] = {
         "noise 0.01": DDPGConfig(sigma=0.01, **DDPG),
     }),
     "trpo_pendulum": ("trpo", "Pendulum-v1", {
-        "TRPO": TRPOConfig(eval_every=10_000, **TRPO),
+        "TRPO": TRPO,
     }),
 }
 

@@ -1,5 +1,6 @@
 "Trust regions: hand values, bounds against the oracle, TRPO's parts, bad input."
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -766,3 +767,50 @@ def test_the_search_refuses_a_step_of_another_size(step):
     theta = torch.zeros(2)
     with pytest.raises(ValueError, match=r"^step must be of shape \(2,\)"):
         line_search([theta], step, lambda: theta.sum(), lambda: theta.sum(), 1.0)
+
+
+# The peer
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the peer's empty log
+def test_the_policy_update_of_sb3_contrib():
+    "Its divergence has the arguments exchanged, and its advantages the unbiased deviation."
+    import sb3_contrib
+
+    torch.set_default_dtype(torch.float32)
+    model = sb3_contrib.TRPO(
+        "MlpPolicy", "CartPole-v1", n_steps=512, seed=0, cg_max_steps=60, n_critic_updates=0, device="cpu"
+    )
+    model.learn(1)  # collects; the update moves the actor once
+    copy = deepcopy(model.policy)
+    data = next(model.rollout_buffer.get(batch_size=None))
+    actions = data.actions.long().flatten()
+    buffer = model.rollout_buffer  # that update moved the policy: its data are old
+    with torch.no_grad():
+        rows = torch.as_tensor(buffer.observations), torch.as_tensor(buffer.actions[:, 0])
+        buffer.log_probs[:] = copy.evaluate_actions(*rows)[1].numpy().reshape(-1, 1)
+        _, logp_old, _ = copy.evaluate_actions(data.observations, actions)
+    model.train()
+
+    old = copy.get_distribution(data.observations).distribution.probs.detach().log()
+    std, mean = torch.std_mean(data.advantages)
+    advantages = (data.advantages - mean) / (std + 1e-8)
+
+    def surrogate():
+        _, logp, _ = copy.evaluate_actions(data.observations, actions)
+        return ((logp - logp_old).exp() * advantages).mean()
+
+    def divergence():
+        p = copy.get_distribution(data.observations).distribution.probs
+        return (p * (p.log() - old)).sum(-1).mean()
+
+    groups = copy.mlp_extractor.policy_net, copy.action_net
+    actor = [p for group in groups for p in group.parameters()]
+    start = [p.detach().clone() for p in actor]
+    taken = trpo_step(actor, surrogate, divergence, cg_iterations=60)
+    groups = model.policy.mlp_extractor.policy_net, model.policy.action_net
+    theirs = [p for group in groups for p in group.parameters()]
+    assert taken["fraction"] > 0
+    for ours, their, before in zip(actor, theirs, start):
+        torch.testing.assert_close(ours.detach(), their.detach(), atol=2e-6, rtol=0)
+        assert (ours - before).abs().max() > 1e-3 or len(before) == 1
