@@ -6,7 +6,7 @@
 __all__ = ['policy_advantage', 'performance_difference', 'surrogate', 'conservative_step', 'trpo_bound', 'discounted_weights',
            'fisher_vector_product', 'conjugate_gradient', 'line_search', 'trpo_step']
 
-# %% ../nbs/06_trust_region.ipynb #9fcdc888
+# %% ../nbs/06_trust_region.ipynb #23a5b78a
 from collections.abc import Callable, Iterable
 from math import isfinite, sqrt
 
@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from .mdp import TabularMDP, kl_divergence
 
-# %% ../nbs/06_trust_region.ipynb #99d4f1aa
+# %% ../nbs/06_trust_region.ipynb #585053e0
 def policy_advantage(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # whose advantages $A^\pi$
@@ -26,11 +26,12 @@ def policy_advantage(
     r"""Advantage $A^\pi(s,\pi')$ {eq}`eq-tr-policy-advantage` of one step of `pi_new`.
 
     Raises: `ValueError` if a policy does not fit the process.
+    Source: Kakade and Langford 2002, whose policy advantage is its mean over $d^\pi$.
     """
     (P, r), V = mdp.under(pi_new), mdp.values(pi)
     return r + mdp.gamma * P @ V - V
 
-# %% ../nbs/06_trust_region.ipynb #bb22d062
+# %% ../nbs/06_trust_region.ipynb #d93d2f02
 def _collected(
     mdp: TabularMDP, pi: Tensor, pi_new: Tensor, visitor: Tensor
 ) -> Float[Tensor, ""]:
@@ -38,7 +39,7 @@ def _collected(
     gain = policy_advantage(mdp, pi, pi_new)
     return mdp.occupancy(visitor) @ gain / (1 - mdp.gamma)
 
-# %% ../nbs/06_trust_region.ipynb #bc3707e0
+# %% ../nbs/06_trust_region.ipynb #f536b4d0
 def performance_difference(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy, which gives the advantages
@@ -51,7 +52,7 @@ def performance_difference(
     """
     return _collected(mdp, pi, pi_new, visitor=pi_new)
 
-# %% ../nbs/06_trust_region.ipynb #157c55d7
+# %% ../nbs/06_trust_region.ipynb #279e9062
 def surrogate(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy, which gives states and advantages
@@ -64,12 +65,12 @@ def surrogate(
     """
     return mdp.objective(pi) + _collected(mdp, pi, pi_new, visitor=pi)
 
-# %% ../nbs/06_trust_region.ipynb #1b644bef
+# %% ../nbs/06_trust_region.ipynb #2e135dd2
 def _greedy(mdp: TabularMDP, pi: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
     "The policy at which the surrogate of `pi` is largest."
     return one_hot(mdp.advantages(pi).argmax(-1), mdp.n_actions).double()
 
-# %% ../nbs/06_trust_region.ipynb #0613b73c
+# %% ../nbs/06_trust_region.ipynb #0ccea306
 def conservative_step(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],  # the policy to improve
@@ -88,7 +89,7 @@ def conservative_step(
     alpha = (rise / fall).item() if rise < fall else 1.0
     return (1 - alpha) * pi + alpha * star, alpha
 
-# %% ../nbs/06_trust_region.ipynb #cc1335c4
+# %% ../nbs/06_trust_region.ipynb #67f60d8c
 def trpo_bound(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy
@@ -97,7 +98,7 @@ def trpo_bound(
     r"""Lower bound on $J(\pi')$ {eq}`eq-tr-bound`; may be minus infinity.
 
     Raises: `ValueError` if a policy does not fit the process.
-    Source: Schulman et al. 2015, theorem 1.
+    Source: Schulman et al. 2015, theorem 1 and equation 9.
     """
     prediction = surrogate(mdp, pi, pi_new)
     weight = 4 * mdp.gamma * mdp.advantages(pi).abs().max() / (1 - mdp.gamma) ** 2
@@ -105,13 +106,13 @@ def trpo_bound(
     # 0 times infinity is NaN; here it means that no future is at stake: nothing is lost
     return prediction - loss.nan_to_num(nan=0.0, posinf=torch.inf)
 
-# %% ../nbs/06_trust_region.ipynb #535247b9
+# %% ../nbs/06_trust_region.ipynb #ce745523
 def _require(ok: bool, name: str, rule: str, got: object) -> None:
     "Refuse an argument that breaks a rule."
     if not ok:
         raise ValueError(f"{name} must be {rule}, got {got}")
 
-# %% ../nbs/06_trust_region.ipynb #f8a1f69f
+# %% ../nbs/06_trust_region.ipynb #d937aaac
 def discounted_weights(
     horizon: int,  # number of steps $T$, at least 1
     gamma: float,  # discount, in [0, 1]; 1 gives the plain average
@@ -127,18 +128,18 @@ def discounted_weights(
     weights = gamma ** torch.arange(horizon, dtype=torch.float64)
     return weights / weights.sum()
 
-# %% ../nbs/06_trust_region.ipynb #4af387a0
+# %% ../nbs/06_trust_region.ipynb #1801c955
 def _flat(tensors: Iterable[Tensor]) -> Float[Tensor, "P"]:
     "All entries of some tensors, one after the other."
     return torch.cat([x.reshape(-1) for x in tensors])
 
-# %% ../nbs/06_trust_region.ipynb #90745ef5
+# %% ../nbs/06_trust_region.ipynb #83691b4a
 def _pieces(flat: Float[Tensor, "P"], like: list[Tensor]) -> list[Tensor]:
     "The inverse of `_flat`: a vector cut into the shapes of some tensors."
     sizes = [x.numel() for x in like]
     return [piece.view(x.shape) for piece, x in zip(flat.split(sizes), like)]
 
-# %% ../nbs/06_trust_region.ipynb #615a45e2
+# %% ../nbs/06_trust_region.ipynb #2b65fa65
 def fisher_vector_product(
     divergence: Float[Tensor, ""],  # mean KL from the old policy, its graph alive
     params: Iterable[Tensor],       # what the new policy depends on
@@ -160,7 +161,7 @@ def fisher_vector_product(
 
     return product
 
-# %% ../nbs/06_trust_region.ipynb #6fe73721
+# %% ../nbs/06_trust_region.ipynb #3801982d
 def conjugate_gradient(
     product: Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]],  # $v\mapsto Mv$
     b: Float[Tensor, "P"],  # right side
@@ -191,20 +192,20 @@ def conjugate_gradient(
         direction.mul_(size / before).add_(residual)
     return x
 
-# %% ../nbs/06_trust_region.ipynb #c7f0cd0c
+# %% ../nbs/06_trust_region.ipynb #1b8765a2
 def _place(params: list[Tensor], flat: Float[Tensor, "P"]) -> None:
     "Overwrite the entries of `params`, in the order of `_flat`."
     for p, piece in zip(params, _pieces(flat, params)):
         p.copy_(piece)
 
-# %% ../nbs/06_trust_region.ipynb #5b7f7a6c
+# %% ../nbs/06_trust_region.ipynb #0b937548
 def _check_search(max_kl: float, tries: int, shrink: float) -> None:
     "Refuse settings with which a line search makes no sense."
     _require(0 < max_kl < float("inf"), "max_kl", "positive and finite", max_kl)
     _require(tries >= 1, "tries", "at least 1", tries)
     _require(0 < shrink < 1, "shrink", "in (0, 1)", shrink)
 
-# %% ../nbs/06_trust_region.ipynb #17aaa4b3
+# %% ../nbs/06_trust_region.ipynb #aa9c970d
 @torch.no_grad()
 def line_search(
     params: Iterable[Tensor],  # changed in place
@@ -218,7 +219,8 @@ def line_search(
     """Go the longest share of `step` {eq}`eq-tr-search` that improves and is near.
 
     Returns `gain` of the surrogate, `kl`, and `fraction` of the step taken; all 0, and
-    the parameters bit for bit as they were, if no try passes. NaN does not pass.
+    the parameters bit for bit as they were, if no try passes. NaN does not pass. An
+    error in a closure passes through, and leaves the parameters as they were.
 
     Raises: `ValueError` on a `step` of wrong size or a setting out of its range.
     Source: Schulman et al. 2015, appendix C.
@@ -228,15 +230,20 @@ def line_search(
     start, before = _flat(params), surrogate().item()
     fits = step.shape == start.shape
     _require(fits, "step", f"of shape {tuple(start.shape)}", tuple(step.shape))
-    for fraction in (shrink**i for i in range(tries)):
-        _place(params, start.add(step, alpha=fraction))
-        gain, kl = surrogate().item() - before, divergence().item()
-        if gain > 0 and kl <= max_kl:
-            return {"gain": gain, "kl": kl, "fraction": fraction}
-    _place(params, start)
-    return {"gain": 0.0, "kl": 0.0, "fraction": 0.0}
+    report = {"gain": 0.0, "kl": 0.0, "fraction": 0.0}
+    try:
+        for fraction in (shrink**i for i in range(tries)):
+            _place(params, start.add(step, alpha=fraction))
+            gain, kl = surrogate().item() - before, divergence().item()
+            if gain > 0 and kl <= max_kl:
+                report = {"gain": gain, "kl": kl, "fraction": fraction}
+                break
+    finally:  # also when a closure raises, as torch.distributions does on NaN
+        if not report["fraction"]:
+            _place(params, start)
+    return report
 
-# %% ../nbs/06_trust_region.ipynb #1a867989
+# %% ../nbs/06_trust_region.ipynb #dda79985
 def trpo_step(
     params: Iterable[Tensor],  # of the policy, changed in place
     surrogate: Callable[[], Float[Tensor, ""]],   # mean of $\rho\hat A$, to be raised
@@ -252,7 +259,8 @@ def trpo_step(
     `params` are those of the old policy at the start, and the closures follow them.
     Returns what `line_search` returns; all 0 where the gradient is zero.
 
-    Raises: `ValueError` on a setting out of its range or a gradient that is not finite.
+    Raises: `ValueError` on a setting out of its range, a gradient that is not finite
+    or a divergence that curves the wrong way; nothing has moved then.
     Source: Schulman et al. 2015, section 6 and appendix C.
     """
     _check_search(max_kl, tries, shrink)
@@ -262,7 +270,7 @@ def trpo_step(
     _require(finite, "surrogate", "of finite gradient", "NaN or infinity")
     product = fisher_vector_product(divergence(), params, damping)
     x = conjugate_gradient(product, gradient, cg_iterations)
-    # The residual of conjugate gradients is orthogonal to x: this is x'Fx.
+    # Its residual is orthogonal to x, so this is x'(F + damping I)x.
     curvature = (x @ gradient).item()
     if curvature == 0:
         return {"gain": 0.0, "kl": 0.0, "fraction": 0.0}

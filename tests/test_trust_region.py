@@ -523,6 +523,20 @@ def test_failure_restores_the_parameters_bit_for_bit(surrogate, kl):
         assert p.dtype == was.dtype
 
 
+def test_a_closure_that_raises_leaves_the_parameters():
+    "torch.distributions refuses NaN by an error, in the middle of the search."
+    theta = torch.zeros(2)
+
+    def surrogate():
+        if theta.any():
+            raise ValueError("NaN in logits")
+        return torch.zeros(())
+
+    with pytest.raises(ValueError, match="NaN in logits"):
+        line_search([theta], torch.ones(2), surrogate, lambda: torch.zeros(()), 1.0)
+    assert theta.equal(torch.zeros(2))
+
+
 def test_nan_at_the_start_is_not_improved_upon():
     theta = torch.zeros(1)
     report = line_search([theta], torch.ones(1), lambda: torch.tensor(math.nan),
