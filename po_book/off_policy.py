@@ -7,7 +7,7 @@ __all__ = ['importance_ratios', 'ordinary_importance_sampling', 'per_decision_im
            'weighted_importance_sampling', 'weight_second_moment', 'effective_sample_size', 'excursion_objective',
            'off_policy_gradient', 'explore', 'deterministic_policy_loss']
 
-# %% ../nbs/05_off_policy.ipynb #339b29a9
+# %% ../nbs/05_off_policy.ipynb #e2c1b2d7
 from collections.abc import Callable
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .mdp import TabularMDP, _distribution, chain_stationary
 from .policy_gradient import _check
 
-# %% ../nbs/05_off_policy.ipynb #d02f65d6
+# %% ../nbs/05_off_policy.ipynb #87d5408d
 def _check_support(
     pi: Float[Tensor, "S A"], pi_b: Float[Tensor, "S A"], where: Tensor | slice
 ) -> None:
@@ -32,7 +32,7 @@ def _check_support(
             f"{pi[s, a].item():.3g} for action {a} in state {s}"
         )
 
-# %% ../nbs/05_off_policy.ipynb #1c105be4
+# %% ../nbs/05_off_policy.ipynb #e39ca145
 def importance_ratios(
     pi: Float[Tensor, "S A"],    # target policy; gradients flow to it
     pi_b: Float[Tensor, "S A"],  # behaviour policy, which acted
@@ -42,20 +42,24 @@ def importance_ratios(
     """Importance ratio {eq}`eq-op-ratio` of every action taken.
 
     Raises: `ValueError` if `pi_b` lacks an action of `pi` in one of the states, if an
-    action taken is impossible under `pi_b`, on other shapes and on rows that are no
-    distribution.
+    action taken is impossible under `pi_b`, on states and actions that do not exist, on
+    other shapes and on rows that are no distribution.
     Source: Precup et al. 2000.
     """
     pi = _distribution("pi", pi)
     pi_b = _distribution("pi_b", pi_b, pi.shape)
     _check("actions", actions, states.shape)
+    for name, x, n in ("states", states, len(pi)), ("actions", actions, pi.shape[-1]):
+        if x.numel() and not 0 <= x.min() <= x.max() < n:
+            got = f"{x.min().item()} to {x.max().item()}"
+            raise ValueError(f"{name} must be between 0 and {n - 1}, got {got}")
     _check_support(pi, pi_b, states.flatten())
     if (impossible := pi_b[states, actions] == 0).any():
         s, a = states[impossible][0].item(), actions[impossible][0].item()
         raise ValueError(f"actions must be possible under pi_b, got {a} in state {s}")
     return pi[states, actions] / pi_b[states, actions]
 
-# %% ../nbs/05_off_policy.ipynb #25d1aeac
+# %% ../nbs/05_off_policy.ipynb #2e1b08a3
 def _check_steps(
     ratios: Float[Tensor, "M T"], rewards: Float[Tensor, "M T"], gamma: float
 ) -> None:
@@ -69,7 +73,7 @@ def _check_steps(
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
 
-# %% ../nbs/05_off_policy.ipynb #f751ea73
+# %% ../nbs/05_off_policy.ipynb #b63f5f03
 def _discounted(
     rewards: Float[Tensor, "M T"], gamma: float
 ) -> Float[Tensor, "M T"]:
@@ -77,7 +81,7 @@ def _discounted(
     steps = torch.arange(rewards.shape[-1], dtype=rewards.dtype, device=rewards.device)
     return rewards * gamma**steps
 
-# %% ../nbs/05_off_policy.ipynb #0f5564fb
+# %% ../nbs/05_off_policy.ipynb #1ae75099
 def ordinary_importance_sampling(
     ratios: Float[Tensor, "M T"],   # $\rho_t$, a row per trajectory of $\pi_b$
     rewards: Float[Tensor, "M T"],  # $r_t$
@@ -92,7 +96,7 @@ def ordinary_importance_sampling(
     _check_steps(ratios, rewards, gamma)
     return ratios.prod(-1) * _discounted(rewards, gamma).sum(-1)
 
-# %% ../nbs/05_off_policy.ipynb #58250106
+# %% ../nbs/05_off_policy.ipynb #8111cf5f
 def per_decision_importance_sampling(
     ratios: Float[Tensor, "M T"],   # $\rho_t$, a row per trajectory of $\pi_b$
     rewards: Float[Tensor, "M T"],  # $r_t$
@@ -106,7 +110,7 @@ def per_decision_importance_sampling(
     _check_steps(ratios, rewards, gamma)
     return (ratios.cumprod(-1) * _discounted(rewards, gamma)).sum(-1)
 
-# %% ../nbs/05_off_policy.ipynb #a9ce6142
+# %% ../nbs/05_off_policy.ipynb #d3e30a95
 def weighted_importance_sampling(
     ratios: Float[Tensor, "M T"],   # $\rho_t$, a row per trajectory of $\pi_b$
     rewards: Float[Tensor, "M T"],  # $r_t$
@@ -124,7 +128,7 @@ def weighted_importance_sampling(
         raise ValueError("ratios must leave one trajectory a weight, got only zeros")
     return estimates.sum() / total
 
-# %% ../nbs/05_off_policy.ipynb #f479d2d9
+# %% ../nbs/05_off_policy.ipynb #cc3b5fbd
 def weight_second_moment(
     mdp: TabularMDP,             # gives start and transitions
     pi: Float[Tensor, "S A"],    # target policy
@@ -145,7 +149,7 @@ def weight_second_moment(
     M = torch.einsum("sa,sax->sx", square, mdp.P)
     return mdp.p0 @ torch.linalg.matrix_power(M, horizon).sum(-1)
 
-# %% ../nbs/05_off_policy.ipynb #5cb2ef7d
+# %% ../nbs/05_off_policy.ipynb #55e69c23
 def effective_sample_size(
     weights: Float[Tensor, "*B N"],  # importance weights, on any common scale
 ) -> Float[Tensor, "*B"]:
@@ -164,7 +168,7 @@ def effective_sample_size(
     share = weights / largest  # squares of weights beyond 1e154 would overflow
     return share.sum(-1).square() / share.square().sum(-1)
 
-# %% ../nbs/05_off_policy.ipynb #ea47b5ea
+# %% ../nbs/05_off_policy.ipynb #96981e22
 def excursion_objective(
     mdp: TabularMDP,             # gives transitions, rewards and discount
     pi: Float[Tensor, "S A"],    # target policy; gradients flow to it
@@ -178,7 +182,7 @@ def excursion_objective(
     """
     return chain_stationary(mdp.under(pi_b)[0]) @ mdp.values(pi)
 
-# %% ../nbs/05_off_policy.ipynb #ffa4f4a5
+# %% ../nbs/05_off_policy.ipynb #5dca5145
 def off_policy_gradient(
     mdp: TabularMDP,             # gives transitions, rewards and discount
     pi: Float[Tensor, "S A"],    # target policy, probabilities of a softmax table
@@ -196,7 +200,7 @@ def off_policy_gradient(
     d_b = chain_stationary(mdp.under(pi_b)[0])
     return d_b[:, None] * pi * mdp.advantages(pi)
 
-# %% ../nbs/05_off_policy.ipynb #f7686e1a
+# %% ../nbs/05_off_policy.ipynb #d09d5d1c
 def explore(
     actions: Float[Tensor, "*B A"],  # $\mu_\theta(s)$
     sigma: float,                    # standard deviation, in units of the action
@@ -217,7 +221,7 @@ def explore(
     noise = torch.empty_like(actions).normal_(generator=generator)
     return (actions + sigma * noise).clamp(low, high)
 
-# %% ../nbs/05_off_policy.ipynb #c3a68ead
+# %% ../nbs/05_off_policy.ipynb #5e047217
 def deterministic_policy_loss(
     critic: Callable[[Tensor, Tensor], Tensor],  # $Q(s,a)$: [B, obs], [B, A] to [B]
     actor: Callable[[Tensor], Tensor],           # $\mu_\theta(s)$: [B, obs] to [B, A]

@@ -6,7 +6,7 @@
 __all__ = ['policy_advantage', 'performance_difference', 'surrogate', 'conservative_step', 'trpo_bound', 'discounted_weights',
            'fisher_vector_product', 'conjugate_gradient', 'line_search', 'trpo_step']
 
-# %% ../nbs/06_trust_region.ipynb #23a5b78a
+# %% ../nbs/06_trust_region.ipynb #4d460d87
 from collections.abc import Callable, Iterable
 from math import isfinite, sqrt
 
@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from .mdp import TabularMDP, kl_divergence
 
-# %% ../nbs/06_trust_region.ipynb #585053e0
+# %% ../nbs/06_trust_region.ipynb #b2753f27
 def policy_advantage(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # whose advantages $A^\pi$
@@ -31,7 +31,7 @@ def policy_advantage(
     (P, r), V = mdp.under(pi_new), mdp.values(pi)
     return r + mdp.gamma * P @ V - V
 
-# %% ../nbs/06_trust_region.ipynb #d93d2f02
+# %% ../nbs/06_trust_region.ipynb #ea9d3720
 def _collected(
     mdp: TabularMDP, pi: Tensor, pi_new: Tensor, visitor: Tensor
 ) -> Float[Tensor, ""]:
@@ -39,7 +39,7 @@ def _collected(
     gain = policy_advantage(mdp, pi, pi_new)
     return mdp.occupancy(visitor) @ gain / (1 - mdp.gamma)
 
-# %% ../nbs/06_trust_region.ipynb #f536b4d0
+# %% ../nbs/06_trust_region.ipynb #44a00edc
 def performance_difference(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy, which gives the advantages
@@ -52,7 +52,7 @@ def performance_difference(
     """
     return _collected(mdp, pi, pi_new, visitor=pi_new)
 
-# %% ../nbs/06_trust_region.ipynb #279e9062
+# %% ../nbs/06_trust_region.ipynb #0ef4c733
 def surrogate(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy, which gives states and advantages
@@ -65,12 +65,12 @@ def surrogate(
     """
     return mdp.objective(pi) + _collected(mdp, pi, pi_new, visitor=pi)
 
-# %% ../nbs/06_trust_region.ipynb #2e135dd2
+# %% ../nbs/06_trust_region.ipynb #8cfdaa81
 def _greedy(mdp: TabularMDP, pi: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
     "The policy at which the surrogate of `pi` is largest."
     return one_hot(mdp.advantages(pi).argmax(-1), mdp.n_actions).double()
 
-# %% ../nbs/06_trust_region.ipynb #0ccea306
+# %% ../nbs/06_trust_region.ipynb #9ead4482
 def conservative_step(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],  # the policy to improve
@@ -89,7 +89,7 @@ def conservative_step(
     alpha = (rise / fall).item() if rise < fall else 1.0
     return (1 - alpha) * pi + alpha * star, alpha
 
-# %% ../nbs/06_trust_region.ipynb #67f60d8c
+# %% ../nbs/06_trust_region.ipynb #59f0a9d5
 def trpo_bound(
     mdp: TabularMDP,
     pi: Float[Tensor, "S A"],      # the old policy
@@ -106,13 +106,13 @@ def trpo_bound(
     # 0 times infinity is NaN; here it means that no future is at stake: nothing is lost
     return prediction - loss.nan_to_num(nan=0.0, posinf=torch.inf)
 
-# %% ../nbs/06_trust_region.ipynb #ce745523
+# %% ../nbs/06_trust_region.ipynb #307b2df6
 def _require(ok: bool, name: str, rule: str, got: object) -> None:
     "Refuse an argument that breaks a rule."
     if not ok:
         raise ValueError(f"{name} must be {rule}, got {got}")
 
-# %% ../nbs/06_trust_region.ipynb #d937aaac
+# %% ../nbs/06_trust_region.ipynb #f31d197e
 def discounted_weights(
     horizon: int,  # number of steps $T$, at least 1
     gamma: float,  # discount, in [0, 1]; 1 gives the plain average
@@ -128,18 +128,18 @@ def discounted_weights(
     weights = gamma ** torch.arange(horizon, dtype=torch.float64)
     return weights / weights.sum()
 
-# %% ../nbs/06_trust_region.ipynb #1801c955
+# %% ../nbs/06_trust_region.ipynb #1feadbb9
 def _flat(tensors: Iterable[Tensor]) -> Float[Tensor, "P"]:
     "All entries of some tensors, one after the other."
     return torch.cat([x.reshape(-1) for x in tensors])
 
-# %% ../nbs/06_trust_region.ipynb #83691b4a
+# %% ../nbs/06_trust_region.ipynb #e7d2bc0d
 def _pieces(flat: Float[Tensor, "P"], like: list[Tensor]) -> list[Tensor]:
     "The inverse of `_flat`: a vector cut into the shapes of some tensors."
     sizes = [x.numel() for x in like]
     return [piece.view(x.shape) for piece, x in zip(flat.split(sizes), like)]
 
-# %% ../nbs/06_trust_region.ipynb #2b65fa65
+# %% ../nbs/06_trust_region.ipynb #06743a0a
 def fisher_vector_product(
     divergence: Float[Tensor, ""],  # mean KL from the old policy, its graph alive
     params: Iterable[Tensor],       # what the new policy depends on
@@ -161,7 +161,7 @@ def fisher_vector_product(
 
     return product
 
-# %% ../nbs/06_trust_region.ipynb #3801982d
+# %% ../nbs/06_trust_region.ipynb #57e2e8b7
 def conjugate_gradient(
     product: Callable[[Float[Tensor, "P"]], Float[Tensor, "P"]],  # $v\mapsto Mv$
     b: Float[Tensor, "P"],  # right side
@@ -192,20 +192,20 @@ def conjugate_gradient(
         direction.mul_(size / before).add_(residual)
     return x
 
-# %% ../nbs/06_trust_region.ipynb #1b8765a2
+# %% ../nbs/06_trust_region.ipynb #57f61cfa
 def _place(params: list[Tensor], flat: Float[Tensor, "P"]) -> None:
     "Overwrite the entries of `params`, in the order of `_flat`."
     for p, piece in zip(params, _pieces(flat, params)):
         p.copy_(piece)
 
-# %% ../nbs/06_trust_region.ipynb #0b937548
+# %% ../nbs/06_trust_region.ipynb #fbb11c59
 def _check_search(max_kl: float, tries: int, shrink: float) -> None:
     "Refuse settings with which a line search makes no sense."
     _require(0 < max_kl < float("inf"), "max_kl", "positive and finite", max_kl)
     _require(tries >= 1, "tries", "at least 1", tries)
     _require(0 < shrink < 1, "shrink", "in (0, 1)", shrink)
 
-# %% ../nbs/06_trust_region.ipynb #aa9c970d
+# %% ../nbs/06_trust_region.ipynb #e7bd8bc3
 @torch.no_grad()
 def line_search(
     params: Iterable[Tensor],  # changed in place
@@ -243,7 +243,7 @@ def line_search(
             _place(params, start)
     return report
 
-# %% ../nbs/06_trust_region.ipynb #dda79985
+# %% ../nbs/06_trust_region.ipynb #b6617489
 def trpo_step(
     params: Iterable[Tensor],  # of the policy, changed in place
     surrogate: Callable[[], Float[Tensor, ""]],   # mean of $\rho\hat A$, to be raised
