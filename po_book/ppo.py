@@ -6,39 +6,33 @@
 __all__ = ['MAX_LOG_RATIO', 'ratio', 'approx_kl', 'kl_penalty', 'AdaptiveKL', 'clipped_surrogate', 'value_loss', 'entropy',
            'outside_band', 'masked_mean', 'explained_variance', 'ppo_loss']
 
-# %% ../nbs/07_ppo.ipynb #caa4c2a6
+# %% ../nbs/07_ppo.ipynb #4bc54516
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/07_ppo.ipynb #b7fa112d
+from .value_based import _like
+
+# %% ../nbs/07_ppo.ipynb #3102b9b1
 MAX_LOG_RATIO = 20.0  # $e^{20}$ leaves 30 orders of magnitude to float32's largest
 
-# %% ../nbs/07_ppo.ipynb #a54bda64
-def _like(name: str, x: Tensor, **others: Tensor | None) -> None:
-    "Refuse tensors that do not have the shape of `x`, which is called `name`."
-    for other, y in others.items():
-        if y is not None and y.shape != x.shape:
-            want, got = tuple(x.shape), tuple(y.shape)
-            raise ValueError(f"{other} must have {name}'s shape {want}, got {got}")
-
-# %% ../nbs/07_ppo.ipynb #cfedfb29
+# %% ../nbs/07_ppo.ipynb #56cb2377
 def _data(**fixed: Tensor | None) -> None:
     "Refuse tensors through which a gradient would flow."
     for name, x in fixed.items():
         if x is not None and x.requires_grad:
             raise ValueError(f"{name} must be detached (it is data), got a gradient")
 
-# %% ../nbs/07_ppo.ipynb #fbe2e62d
+# %% ../nbs/07_ppo.ipynb #9b0ab1df
 def _log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
     "Log of {eq}`eq-ppo-ratio`, cut so that its exponential is finite."
     _like("logp", logp, logp_old=logp_old)
     _data(logp_old=logp_old)
     return (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
-# %% ../nbs/07_ppo.ipynb #c45d63a6
+# %% ../nbs/07_ppo.ipynb #7ae73e30
 def ratio(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$ of the actions taken
     logp_old: Float[Tensor, "*shape"],  # the same under the policy that took them
@@ -52,7 +46,7 @@ def ratio(
     """
     return _log_ratio(logp, logp_old).exp()
 
-# %% ../nbs/07_ppo.ipynb #389837ba
+# %% ../nbs/07_ppo.ipynb #cfe9f44f
 def approx_kl(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$, $a\sim\pi_{old}$
@@ -65,7 +59,7 @@ def approx_kl(
     # expm1 keeps the digits that exp(x) - 1 loses where the policies are close
     return log_ratio.expm1() - log_ratio
 
-# %% ../nbs/07_ppo.ipynb #dd3c8755
+# %% ../nbs/07_ppo.ipynb #26f399db
 def kl_penalty(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$
@@ -85,7 +79,7 @@ def kl_penalty(
     kl = approx_kl(logp, logp_old) if kl is None else kl
     return ratio(logp, logp_old) * advantages - beta * kl
 
-# %% ../nbs/07_ppo.ipynb #69ae7133
+# %% ../nbs/07_ppo.ipynb #e0048bc8
 @dataclass
 class AdaptiveKL:
     """Weight `beta` of the divergence, adapted once an iteration {eq}`eq-ppo-adaptive`.
@@ -129,7 +123,7 @@ class AdaptiveKL:
         self.beta = min(max(self.beta, self.bounds[0]), self.bounds[1])
         return self.beta
 
-# %% ../nbs/07_ppo.ipynb #bceda831
+# %% ../nbs/07_ppo.ipynb #6991f457
 def _check_clip(low: float, high: float, dual: float | None) -> None:
     "Refuse bounds that make no band around one."
     if not 0 <= low < 1:
@@ -139,7 +133,7 @@ def _check_clip(low: float, high: float, dual: float | None) -> None:
     if dual is not None and not dual > 1 + high:
         raise ValueError(f"dual_clip must be above 1 + clip_high, got {dual}")
 
-# %% ../nbs/07_ppo.ipynb #6b9630e0
+# %% ../nbs/07_ppo.ipynb #4401528a
 def clipped_surrogate(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$
@@ -164,7 +158,7 @@ def clipped_surrogate(
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(rho * advantages, clipped * advantages)
 
-# %% ../nbs/07_ppo.ipynb #8159a5b2
+# %% ../nbs/07_ppo.ipynb #52e9c233
 def value_loss(
     values: Float[Tensor, "*shape"],   # $V_\phi(s)$
     returns: Float[Tensor, "*shape"],  # target $G$, a constant
@@ -189,7 +183,7 @@ def value_loss(
     near = values_old + (values - values_old).clamp(-clip, clip)
     return torch.maximum(error, (near - returns) ** 2) / 2
 
-# %% ../nbs/07_ppo.ipynb #4d65300c
+# %% ../nbs/07_ppo.ipynb #12d315e1
 def entropy(
     logits: Float[Tensor, "*shape A"],  # unnormalised; -inf marks an impossible action
 ) -> Float[Tensor, "*shape"]:
@@ -199,7 +193,7 @@ def entropy(
     surprise = -logp.clamp(min=torch.finfo(logp.dtype).min)
     return (logp.exp() * surprise).sum(-1)
 
-# %% ../nbs/07_ppo.ipynb #3c98d0fa
+# %% ../nbs/07_ppo.ipynb #e94b45cf
 def outside_band(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$
@@ -214,7 +208,7 @@ def outside_band(
     clip_high = clip_low if clip_high is None else clip_high
     return (rho != rho.clamp(1 - clip_low, 1 + clip_high)).to(rho.dtype)
 
-# %% ../nbs/07_ppo.ipynb #e0235479
+# %% ../nbs/07_ppo.ipynb #73998e7c
 def _keep(mask: Tensor | None, *columns: Tensor | None) -> tuple[Tensor | None, ...]:
     "The columns with zeros where `mask` is false; what stood there reaches nothing."
     if mask is None:
@@ -223,7 +217,7 @@ def _keep(mask: Tensor | None, *columns: Tensor | None) -> tuple[Tensor | None, 
         raise ValueError(f"mask must be a bool tensor, got {mask.dtype}")
     return tuple(x if x is None else torch.where(mask, x, 0) for x in columns)
 
-# %% ../nbs/07_ppo.ipynb #1f7a2c83
+# %% ../nbs/07_ppo.ipynb #63df9a4f
 def masked_mean(
     x: Float[Tensor, "*shape"],  # one number per element
     mask: Bool[Tensor, "*shape"] | None = None,  # true where an element counts
@@ -236,7 +230,7 @@ def masked_mean(
     (x,) = _keep(mask, x)
     return x.mean() if mask is None else x.sum() / mask.sum().clamp(min=1)
 
-# %% ../nbs/07_ppo.ipynb #aaa566b7
+# %% ../nbs/07_ppo.ipynb #97797309
 def explained_variance(
     values: Float[Tensor, "*shape"],   # $V(s)$
     returns: Float[Tensor, "*shape"],  # $G$
@@ -256,7 +250,7 @@ def explained_variance(
     unexplained = variance(returns - values.detach())
     return 1 - unexplained / variance(returns).clamp(min=1e-8)
 
-# %% ../nbs/07_ppo.ipynb #c0f5074d
+# %% ../nbs/07_ppo.ipynb #6de22f46
 def ppo_loss(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$, from the rollout
