@@ -1,0 +1,59 @@
+import io
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import po_book.figures as figures
+from po_book.figures import recorded, spread, spread_curves
+from conftest import ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / "results").glob("*.csv"))
+
+
+def test_spread_curves_meets_every_run_where_all_were_measured():
+    "Straight lines of slope 1 and 2, measured at other points: the median is 1.5 x."
+    _, ax = plt.subplots()
+    curves = [([0, 4, 10], [0, 4, 10]), ([1, 2, 12], [2, 4, 24])]
+    spread_curves(ax, curves, "lines", points=5)
+    x, y = ax.lines[0].get_data()
+    np.testing.assert_allclose(x, np.linspace(1, 10, 5))
+    np.testing.assert_allclose(y, 1.5 * x)
+    assert ax.lines[0].get_label() == "lines (n=2)"
+
+
+def test_spread_refuses_runs_of_another_length():
+    _, ax = plt.subplots()
+    with pytest.raises(ValueError, match=r"runs must be \[runs, 3\], got \[2, 4\]"):
+        spread(ax, [1, 2, 3], np.zeros((2, 4)), "x")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_record_is_complete_and_says_where_it_comes_from(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT / "nbs")
+    runs = recorded(name)
+    note = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert {"device", "torch", "date", "commit", "seeds"} <= note.keys()
+    assert capsys.readouterr().out.strip() == ", ".join(note.values())
+    for curves in runs.values():
+        assert len(curves) == 5
+        for steps, scores in curves:
+            assert (np.diff(steps) > 0).all() and np.isfinite(scores).all()
+
+
+def test_without_a_clone_a_record_comes_from_the_published_repository(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    files = {"csv": "variant,seed,steps,score\na,0,1,2.5\na,0,3,4.5\n", "json": '{"device": "GPU"}'}
+    asked = []
+
+    def urlopen(url):
+        asked.append(url)
+        return io.BytesIO(files[url.rsplit(".", 1)[1]].encode())
+
+    monkeypatch.setattr(figures, "urlopen", urlopen)
+    (curve,) = recorded("some")["a"]
+    np.testing.assert_array_equal(curve, [[1, 3], [2.5, 4.5]])
+    assert {url.rsplit("/", 1)[0] for url in asked} == {
+        "https://raw.githubusercontent.com/po-book/po_book/main/results"
+    }
