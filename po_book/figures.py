@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'book_style', 'spread', 'spread_curves', 'recorded']
 
-# %% ../nbs/00_figures.ipynb #8189ed3d
+# %% ../nbs/00_figures.ipynb #c18cb2d8
 import csv
 import json
 from importlib.metadata import metadata
 from pathlib import Path
+from textwrap import fill
 from urllib.request import urlopen
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-# %% ../nbs/00_figures.ipynb #a5c2b3b1
+# %% ../nbs/00_figures.ipynb #62c7c266
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 STYLE = {
@@ -34,7 +35,7 @@ STYLE = {
     "lines.linewidth": 1.6,
 }
 
-# %% ../nbs/00_figures.ipynb #8aaef867
+# %% ../nbs/00_figures.ipynb #08925e73
 def book_style() -> None:
     "Draw every following figure in the style of the book; in a notebook, as SVG."
     plt.rcParams.update(STYLE)
@@ -44,7 +45,7 @@ def book_style() -> None:
         return
     set_matplotlib_formats("svg")
 
-# %% ../nbs/00_figures.ipynb #2d45ea70
+# %% ../nbs/00_figures.ipynb #9fe8e720
 def spread(
     ax: Axes,
     x: ArrayLike,     # common horizontal positions, [points]
@@ -62,7 +63,7 @@ def spread(
     low, high, color = runs.min(0), runs.max(0), line.get_color()
     ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
-# %% ../nbs/00_figures.ipynb #736912e5
+# %% ../nbs/00_figures.ipynb #ac946cff
 def spread_curves(
     ax: Axes,
     curves: list[tuple[ArrayLike, ArrayLike]],  # positions and heights of each run
@@ -74,7 +75,7 @@ def spread_curves(
     grid = np.linspace(first, last, points)
     spread(ax, grid, [np.interp(grid, x, y) for x, y in curves], label)
 
-# %% ../nbs/00_figures.ipynb #cbd92278
+# %% ../nbs/00_figures.ipynb #c9d2dba2
 def _read(file: str) -> str:
     "A file of `results/`, here or, without a clone, where the book is published."
     path = Path("..", "results", file)
@@ -85,7 +86,7 @@ def _read(file: str) -> str:
     with urlopen(f"{raw}/main/results/{file}") as answer:
         return answer.read().decode()
 
-# %% ../nbs/00_figures.ipynb #f76b3b0d
+# %% ../nbs/00_figures.ipynb #3c03be33
 def recorded(
     name: str,  # of the record
 ) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
@@ -94,7 +95,7 @@ def recorded(
     for row in csv.DictReader(_read(f"{name}.csv").splitlines()):
         point = float(row["steps"]), float(row["score"])
         runs.setdefault(row["variant"], {}).setdefault(row["seed"], []).append(point)
-    print(*json.loads(_read(f"{name}.json")).values(), sep=", ")
+    print(fill(", ".join(json.loads(_read(f"{name}.json")).values()), 80))
     return {
         variant: [tuple(np.array(points).T) for points in seeds.values()]
         for variant, seeds in runs.items()

@@ -7,7 +7,7 @@ __all__ = ['ALGORITHMS', 'Config', 'Run', 'Learner', 'ReinforceConfig', 'reinfor
            'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration', 'MemoryConfig', 'DQNConfig', 'dqn_loss',
            'dqn_iteration', 'DDPGConfig', 'ddpg_loss', 'ddpg_iteration', 'Algorithm', 'train']
 
-# %% ../nbs/09_cartpole.ipynb #c55f325e
+# %% ../nbs/09_cartpole.ipynb #012af848
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from po_book.rollout import (
 from .trust_region import trpo_step
 from .value_based import Replay, q_loss, soft_update, td_target
 
-# %% ../nbs/09_cartpole.ipynb #267c9471
+# %% ../nbs/09_cartpole.ipynb #d9e5f3f9
 @dataclass(frozen=True)
 class Config:
     "What every algorithm needs to know."
@@ -67,7 +67,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/09_cartpole.ipynb #4cc41556
+# %% ../nbs/09_cartpole.ipynb #37a0dc24
 @dataclass
 class Run:
     "A training run: what was asked, what was learned, what was seen."
@@ -88,7 +88,7 @@ class Run:
         "Return of each of `episodes` fresh episodes, actions sampled."
         return evaluate(self.policy, self.env_id, episodes, seed)
 
-# %% ../nbs/09_cartpole.ipynb #e7b51d82
+# %% ../nbs/09_cartpole.ipynb #cfa15594
 @dataclass
 class Learner:
     "The moving parts of a run."
@@ -116,7 +116,7 @@ class Learner:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
         self.optimizer.step()
 
-# %% ../nbs/09_cartpole.ipynb #0602ca3d
+# %% ../nbs/09_cartpole.ipynb #e3588c31
 @dataclass(frozen=True)
 class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
@@ -124,7 +124,7 @@ class ReinforceConfig(Config):
     lr: float = 5e-3
     gamma: float = 0.99
 
-# %% ../nbs/09_cartpole.ipynb #4a84d06c
+# %% ../nbs/09_cartpole.ipynb #65b2fcba
 def reinforce_iteration(
     learner: Learner,
     config: ReinforceConfig,
@@ -140,7 +140,7 @@ def reinforce_iteration(
     mean_entropy = entropy[rollout.valid].mean().detach()
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
-# %% ../nbs/09_cartpole.ipynb #c1442c5b
+# %% ../nbs/09_cartpole.ipynb #1aa73f46
 @dataclass(frozen=True)
 class CriticConfig(Config):
     "Settings that methods with a critic share."
@@ -158,7 +158,7 @@ class CriticConfig(Config):
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {self.lam}")
 
-# %% ../nbs/09_cartpole.ipynb #f42c93dc
+# %% ../nbs/09_cartpole.ipynb #42381292
 @torch.no_grad()
 def critic_batch(
     policy: Policy, rollout: Rollout, gamma: float, lam: float
@@ -186,7 +186,7 @@ def critic_batch(
     }
     return {name: column[rollout.valid] for name, column in table.items()}
 
-# %% ../nbs/09_cartpole.ipynb #b4ce7f00
+# %% ../nbs/09_cartpole.ipynb #e671cc8c
 def _minibatches(
     batch: dict[str, Tensor], size: int, generator: torch.Generator
 ) -> list[dict[str, Tensor]]:
@@ -196,12 +196,12 @@ def _minibatches(
     parts = order.tensor_split(-(-rows // size))
     return [{name: column[part] for name, column in batch.items()} for part in parts]
 
-# %% ../nbs/09_cartpole.ipynb #2c83377d
+# %% ../nbs/09_cartpole.ipynb #5faa6e0e
 def _means(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Mean of every metric over the gradient steps of an iteration."
     return {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
 
-# %% ../nbs/09_cartpole.ipynb #ab9e5c0d
+# %% ../nbs/09_cartpole.ipynb #0142c719
 @dataclass(frozen=True)
 class TRPOConfig(CriticConfig):
     "Settings of TRPO; `lr`, `epochs` and `minibatch` are the critic's."
@@ -216,7 +216,7 @@ class TRPOConfig(CriticConfig):
         if not self.damping >= 0:
             raise ValueError(f"damping must be at least 0, got {self.damping}")
 
-# %% ../nbs/09_cartpole.ipynb #e89c7a41
+# %% ../nbs/09_cartpole.ipynb #8fc07191
 def trpo_iteration(
     learner: Learner,
     config: TRPOConfig,
@@ -251,7 +251,7 @@ def trpo_iteration(
             learner.step(error, config.max_grad_norm)
     return rollout, metrics | {"value_loss": error.detach()}
 
-# %% ../nbs/09_cartpole.ipynb #1f65f410
+# %% ../nbs/09_cartpole.ipynb #93494ce7
 @dataclass(frozen=True)
 class PPOConfig(CriticConfig):
     "Settings of PPO."
@@ -266,7 +266,7 @@ class PPOConfig(CriticConfig):
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
 
-# %% ../nbs/09_cartpole.ipynb #38dabbc8
+# %% ../nbs/09_cartpole.ipynb #ffd1a33d
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
@@ -299,7 +299,7 @@ def ppo_iteration(
             history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #7fdebda5
+# %% ../nbs/09_cartpole.ipynb #85a591f4
 @dataclass(frozen=True)
 class MemoryConfig(Config):
     "Settings that methods with a memory share."
@@ -321,7 +321,7 @@ class MemoryConfig(Config):
             got = f"{self.learning_starts} > {self.memory}"
             raise ValueError(f"learning_starts must not exceed memory, got {got}")
 
-# %% ../nbs/09_cartpole.ipynb #931c9636
+# %% ../nbs/09_cartpole.ipynb #ac311589
 def _learn_from_memory(
     learner: Learner,
     config: MemoryConfig,
@@ -343,7 +343,7 @@ def _learn_from_memory(
         history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #9ba29232
+# %% ../nbs/09_cartpole.ipynb #bc9e0040
 @dataclass(frozen=True)
 class DQNConfig(MemoryConfig):
     "Settings of DQN."
@@ -361,7 +361,7 @@ class DQNConfig(MemoryConfig):
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
 
-# %% ../nbs/09_cartpole.ipynb #db161736
+# %% ../nbs/09_cartpole.ipynb #95bfc6a0
 def dqn_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -379,7 +379,7 @@ def dqn_loss(
     loss = q_loss(q, batch["actions"], targets)
     return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
 
-# %% ../nbs/09_cartpole.ipynb #1e214d8b
+# %% ../nbs/09_cartpole.ipynb #c1d9bea1
 def dqn_iteration(
     learner: Learner,
     config: DQNConfig,
@@ -391,7 +391,7 @@ def dqn_iteration(
     learner.set_lr(config.lr * remaining)
     return _learn_from_memory(learner, config, dqn_loss)
 
-# %% ../nbs/09_cartpole.ipynb #5f8ad306
+# %% ../nbs/09_cartpole.ipynb #75d7a8f6
 @dataclass(frozen=True)
 class DDPGConfig(MemoryConfig):
     "Settings of DDPG."
@@ -409,7 +409,7 @@ class DDPGConfig(MemoryConfig):
         super().__post_init__()
         self._positive("sigma")
 
-# %% ../nbs/09_cartpole.ipynb #afdd0276
+# %% ../nbs/09_cartpole.ipynb #7625f091
 def ddpg_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -431,7 +431,7 @@ def ddpg_loss(
     metrics = {"value_loss": value_loss.detach(), "q": -actor_loss.detach()}
     return value_loss + actor_loss, metrics
 
-# %% ../nbs/09_cartpole.ipynb #6a44d2a7
+# %% ../nbs/09_cartpole.ipynb #3f72a064
 def ddpg_iteration(
     learner: Learner,
     config: DDPGConfig,
@@ -442,7 +442,7 @@ def ddpg_iteration(
     learner.policy.sigma = 1.0 if fresh else config.sigma
     return _learn_from_memory(learner, config, ddpg_loss)
 
-# %% ../nbs/09_cartpole.ipynb #0a738d43
+# %% ../nbs/09_cartpole.ipynb #08f88055
 @dataclass(frozen=True)
 class Algorithm:
     "What tells one method from another."
@@ -451,7 +451,7 @@ class Algorithm:
     iteration: Callable  # (learner, config, remaining) to a rollout and metrics
     make_policy: Callable = make_policy  # (env, hidden, generator) to a policy
 
-# %% ../nbs/09_cartpole.ipynb #904675b7
+# %% ../nbs/09_cartpole.ipynb #0693dc18
 ALGORITHMS: dict[str, Algorithm] = {
     "reinforce": Algorithm(ReinforceConfig, reinforce_iteration),
     "trpo": Algorithm(TRPOConfig, trpo_iteration),
@@ -460,7 +460,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ddpg": Algorithm(DDPGConfig, ddpg_iteration, make_deterministic_policy),
 }
 
-# %% ../nbs/09_cartpole.ipynb #ca91d083
+# %% ../nbs/09_cartpole.ipynb #63fe328c
 def _checked_config(algorithm: str, config: Config | None) -> Config:
     "`config`, or the default of `algorithm`; refused if it belongs to another one."
     if algorithm not in ALGORITHMS:
@@ -472,7 +472,7 @@ def _checked_config(algorithm: str, config: Config | None) -> Config:
         raise ValueError(f"config of {algorithm} must be a {kind.__name__}, got {got}")
     return config or kind()
 
-# %% ../nbs/09_cartpole.ipynb #8c90b9b9
+# %% ../nbs/09_cartpole.ipynb #c0527b59
 def _learner(
     env_id: str,
     seed: int,
@@ -493,7 +493,7 @@ def _learner(
         learner.replay = Replay(config.memory)
     return learner
 
-# %% ../nbs/09_cartpole.ipynb #3afdde3a
+# %% ../nbs/09_cartpole.ipynb #e3464b97
 def _recent_return(stepper: Stepper) -> dict[str, float]:
     "Mean return of the latest hundred training episodes, once one has ended."
     latest = stepper.finished[-100:]
@@ -505,7 +505,7 @@ def _fresh_score(run: Run, steps: int) -> float:
     seed = 1_000_000 * (run.seed + 1) + steps
     return run.evaluate(run.config.eval_episodes, seed).mean().item()
 
-# %% ../nbs/09_cartpole.ipynb #7fcc8fe7
+# %% ../nbs/09_cartpole.ipynb #b07fb2be
 def train(
     algorithm: str,  # a key of `ALGORITHMS`
     env_id: str,     # a registered gymnasium environment
