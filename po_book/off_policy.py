@@ -7,7 +7,7 @@ __all__ = ['importance_ratios', 'ordinary_importance_sampling', 'per_decision_im
            'weighted_importance_sampling', 'weight_second_moment', 'effective_sample_size', 'excursion_objective',
            'off_policy_gradient', 'explore', 'deterministic_policy_loss']
 
-# %% ../nbs/05_off_policy.ipynb #e2c1b2d7
+# %% ../nbs/05_off_policy.ipynb #141fff94
 from collections.abc import Callable
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .mdp import TabularMDP, _distribution, chain_stationary
 from .policy_gradient import _check
 
-# %% ../nbs/05_off_policy.ipynb #87d5408d
+# %% ../nbs/05_off_policy.ipynb #9fbdd6ee
 def _check_support(
     pi: Float[Tensor, "S A"], pi_b: Float[Tensor, "S A"], where: Tensor | slice
 ) -> None:
@@ -32,7 +32,7 @@ def _check_support(
             f"{pi[s, a].item():.3g} for action {a} in state {s}"
         )
 
-# %% ../nbs/05_off_policy.ipynb #e39ca145
+# %% ../nbs/05_off_policy.ipynb #5894463e
 def importance_ratios(
     pi: Float[Tensor, "S A"],    # target policy; gradients flow to it
     pi_b: Float[Tensor, "S A"],  # behaviour policy, which acted
@@ -59,7 +59,7 @@ def importance_ratios(
         raise ValueError(f"actions must be possible under pi_b, got {a} in state {s}")
     return pi[states, actions] / pi_b[states, actions]
 
-# %% ../nbs/05_off_policy.ipynb #2e1b08a3
+# %% ../nbs/05_off_policy.ipynb #9c3b59da
 def _check_steps(
     ratios: Float[Tensor, "M T"], rewards: Float[Tensor, "M T"], gamma: float
 ) -> None:
@@ -73,7 +73,7 @@ def _check_steps(
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
 
-# %% ../nbs/05_off_policy.ipynb #b63f5f03
+# %% ../nbs/05_off_policy.ipynb #71c148b2
 def _discounted(
     rewards: Float[Tensor, "M T"], gamma: float
 ) -> Float[Tensor, "M T"]:
@@ -81,7 +81,7 @@ def _discounted(
     steps = torch.arange(rewards.shape[-1], dtype=rewards.dtype, device=rewards.device)
     return rewards * gamma**steps
 
-# %% ../nbs/05_off_policy.ipynb #1ae75099
+# %% ../nbs/05_off_policy.ipynb #1d91a9eb
 def ordinary_importance_sampling(
     ratios: Float[Tensor, "M T"],   # $\rho_t$, a row per trajectory of $\pi_b$
     rewards: Float[Tensor, "M T"],  # $r_t$
@@ -96,7 +96,7 @@ def ordinary_importance_sampling(
     _check_steps(ratios, rewards, gamma)
     return ratios.prod(-1) * _discounted(rewards, gamma).sum(-1)
 
-# %% ../nbs/05_off_policy.ipynb #8111cf5f
+# %% ../nbs/05_off_policy.ipynb #cc1eb82e
 def per_decision_importance_sampling(
     ratios: Float[Tensor, "M T"],   # $\rho_t$, a row per trajectory of $\pi_b$
     rewards: Float[Tensor, "M T"],  # $r_t$
@@ -110,7 +110,7 @@ def per_decision_importance_sampling(
     _check_steps(ratios, rewards, gamma)
     return (ratios.cumprod(-1) * _discounted(rewards, gamma)).sum(-1)
 
-# %% ../nbs/05_off_policy.ipynb #d3e30a95
+# %% ../nbs/05_off_policy.ipynb #16ce668e
 def weighted_importance_sampling(
     ratios: Float[Tensor, "M T"],   # $\rho_t$, a row per trajectory of $\pi_b$
     rewards: Float[Tensor, "M T"],  # $r_t$
@@ -128,7 +128,7 @@ def weighted_importance_sampling(
         raise ValueError("ratios must leave one trajectory a weight, got only zeros")
     return estimates.sum() / total
 
-# %% ../nbs/05_off_policy.ipynb #cc3b5fbd
+# %% ../nbs/05_off_policy.ipynb #2a19e9d1
 def weight_second_moment(
     mdp: TabularMDP,             # gives start and transitions
     pi: Float[Tensor, "S A"],    # target policy
@@ -149,7 +149,7 @@ def weight_second_moment(
     M = torch.einsum("sa,sax->sx", square, mdp.P)
     return mdp.p0 @ torch.linalg.matrix_power(M, horizon).sum(-1)
 
-# %% ../nbs/05_off_policy.ipynb #55e69c23
+# %% ../nbs/05_off_policy.ipynb #c03700a7
 def effective_sample_size(
     weights: Float[Tensor, "*B N"],  # importance weights, on any common scale
 ) -> Float[Tensor, "*B"]:
@@ -168,7 +168,7 @@ def effective_sample_size(
     share = weights / largest  # squares of weights beyond 1e154 would overflow
     return share.sum(-1).square() / share.square().sum(-1)
 
-# %% ../nbs/05_off_policy.ipynb #96981e22
+# %% ../nbs/05_off_policy.ipynb #877b5e19
 def excursion_objective(
     mdp: TabularMDP,             # gives transitions, rewards and discount
     pi: Float[Tensor, "S A"],    # target policy; gradients flow to it
@@ -182,7 +182,7 @@ def excursion_objective(
     """
     return chain_stationary(mdp.under(pi_b)[0]) @ mdp.values(pi)
 
-# %% ../nbs/05_off_policy.ipynb #5dca5145
+# %% ../nbs/05_off_policy.ipynb #6e096386
 def off_policy_gradient(
     mdp: TabularMDP,             # gives transitions, rewards and discount
     pi: Float[Tensor, "S A"],    # target policy, probabilities of a softmax table
@@ -200,7 +200,7 @@ def off_policy_gradient(
     d_b = chain_stationary(mdp.under(pi_b)[0])
     return d_b[:, None] * pi * mdp.advantages(pi)
 
-# %% ../nbs/05_off_policy.ipynb #d09d5d1c
+# %% ../nbs/05_off_policy.ipynb #fc5d47e8
 def explore(
     actions: Float[Tensor, "*B A"],  # $\mu_\theta(s)$
     sigma: float,                    # standard deviation, in units of the action
@@ -221,7 +221,7 @@ def explore(
     noise = torch.empty_like(actions).normal_(generator=generator)
     return (actions + sigma * noise).clamp(low, high)
 
-# %% ../nbs/05_off_policy.ipynb #5e047217
+# %% ../nbs/05_off_policy.ipynb #288a354a
 def deterministic_policy_loss(
     critic: Callable[[Tensor, Tensor], Tensor],  # $Q(s,a)$: [B, obs], [B, A] to [B]
     actor: Callable[[Tensor], Tensor],           # $\mu_\theta(s)$: [B, obs] to [B, A]

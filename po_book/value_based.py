@@ -6,7 +6,7 @@
 __all__ = ['epsilon_greedy', 'td_target', 'next_values', 'bellman_backup', 'Control', 'td_control', 'q_loss', 'soft_update',
            'Replay']
 
-# %% ../nbs/03_value_based.ipynb #77fea851
+# %% ../nbs/03_value_based.ipynb #b0ce06f6
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from .mdp import TabularMDP, action_values
 
-# %% ../nbs/03_value_based.ipynb #67192f01
+# %% ../nbs/03_value_based.ipynb #ad58ebee
 def epsilon_greedy(
     q: Float[Tensor, "... A"],  # action values
     epsilon: float,             # share of random actions, in [0, 1]
@@ -32,7 +32,7 @@ def epsilon_greedy(
     best = q.argmax(-1, keepdim=True)
     return torch.full_like(q, rest).scatter_(-1, best, 1 - epsilon + rest)
 
-# %% ../nbs/03_value_based.ipynb #d023b995
+# %% ../nbs/03_value_based.ipynb #cb29f900
 def _like(name: str, x: Tensor, **others: Tensor | None) -> None:
     "Refuse tensors that do not have the shape of `x`, which is called `name`."
     for other, y in others.items():
@@ -40,7 +40,7 @@ def _like(name: str, x: Tensor, **others: Tensor | None) -> None:
             want, got = tuple(x.shape), tuple(y.shape)
             raise ValueError(f"{other} must have {name}'s shape {want}, got {got}")
 
-# %% ../nbs/03_value_based.ipynb #1e5ec85f
+# %% ../nbs/03_value_based.ipynb #5df3090b
 def td_target(
     rewards: Float[Tensor, "*shape"],      # $r_t$
     next_values: Float[Tensor, "*shape"],  # $v'$, worth of what follows
@@ -61,7 +61,7 @@ def td_target(
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
     return rewards + gamma * torch.where(terminated, 0, next_values)
 
-# %% ../nbs/03_value_based.ipynb #06780502
+# %% ../nbs/03_value_based.ipynb #7ef6cfb0
 def next_values(
     rule: str,                  # "sarsa", "expected_sarsa" or "q_learning"
     q: Float[Tensor, "*N A"],   # action values in the state arrived in
@@ -71,7 +71,7 @@ def next_values(
     """Worth of what follows {eq}`eq-vb-next`.
 
     Raises: `ValueError` on an unknown rule, or if shapes do not fit.
-    Source: {cite:t}`rummery1994`, {cite:t}`watkins1989`.
+    Source: Rummery and Niranjan 1994; Watkins 1989.
     """
     _like("q", q, pi=pi)
     if actions.shape != q.shape[:-1]:
@@ -86,7 +86,7 @@ def next_values(
     known = "sarsa, expected_sarsa or q_learning"
     raise ValueError(f"rule must be {known}, got {rule!r}")
 
-# %% ../nbs/03_value_based.ipynb #39fcb504
+# %% ../nbs/03_value_based.ipynb #35f6fdcc
 def bellman_backup(
     mdp: TabularMDP,
     q: Float[Tensor, "S A"],   # action values of the states that follow
@@ -99,7 +99,7 @@ def bellman_backup(
     _like("mdp.R", mdp.R, q=q, pi=pi)
     return action_values(mdp.P, mdp.R, mdp.gamma, (pi * q).sum(-1))
 
-# %% ../nbs/03_value_based.ipynb #f546e645
+# %% ../nbs/03_value_based.ipynb #5fc6b0fc
 @dataclass(frozen=True, eq=False)
 class Control:
     "What `td_control` learned and saw."
@@ -119,7 +119,7 @@ class Control:
         at_end = total[ended & (ended.cumsum(-1) <= n)].view(-1, n)
         return at_end.diff(dim=-1, prepend=torch.zeros_like(at_end[:, :1]))
 
-# %% ../nbs/03_value_based.ipynb #233e6ff5
+# %% ../nbs/03_value_based.ipynb #4e258de5
 class _Simulator:
     "Many copies of a process, side by side; a copy that reaches an end starts anew."
 
@@ -146,13 +146,13 @@ class _Simulator:
         end = self.over.take(arrived)
         return self.R[s, a], torch.where(end, self.draw(self.start), arrived), end
 
-# %% ../nbs/03_value_based.ipynb #b387baea
+# %% ../nbs/03_value_based.ipynb #5a4c5860
 def _in_unit(name: str, x: float | Callable) -> None:
     "Refuse a number outside [0, 1]; a function is trusted."
     if not callable(x) and not 0 <= x <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {x}")
 
-# %% ../nbs/03_value_based.ipynb #e6618ead
+# %% ../nbs/03_value_based.ipynb #c34a1db7
 def td_control(
     mdp: TabularMDP,
     rule: str,      # what follows a step: "sarsa", "expected_sarsa", "q_learning"
@@ -200,7 +200,7 @@ def td_control(
         s, a = next_s, next_a
     return Control(torch.stack(tables), torch.stack(rewards), torch.stack(ended))
 
-# %% ../nbs/03_value_based.ipynb #26209c75
+# %% ../nbs/03_value_based.ipynb #59be7ad4
 def q_loss(
     q: Float[Tensor, "*N A"],     # values of all actions, with their gradient
     actions: Int[Tensor, "*N"],   # actions taken (int64)
@@ -210,7 +210,7 @@ def q_loss(
 
     Raises: `ValueError` if shapes differ, `actions` are not int64, or `targets` carry
     a gradient.
-    Source: {cite:t}`mnih2015`, algorithm 1, without its clipping of the error.
+    Source: Mnih et al. 2015, algorithm 1, without its clipping of the error.
     """
     _like("actions", actions, targets=targets)
     if q.shape[:-1] != actions.shape:
@@ -223,7 +223,7 @@ def q_loss(
     chosen = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return mse_loss(chosen, targets) / 2
 
-# %% ../nbs/03_value_based.ipynb #0b74964c
+# %% ../nbs/03_value_based.ipynb #308d4daa
 @torch.no_grad()
 def soft_update(
     target: nn.Module,  # network that gives the targets; changed in place
@@ -244,7 +244,7 @@ def soft_update(
         raise ValueError(f"target must have online's parameters {want}, got {got}")
     torch._foreach_lerp_(old, new, tau)
 
-# %% ../nbs/03_value_based.ipynb #a7a746f7
+# %% ../nbs/03_value_based.ipynb #9bd0e87f
 def _check_rows(columns: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
     "Refuse columns that are not as long as each other or not like those kept."
     if not columns or columns.keys() != kept.keys():
@@ -256,14 +256,14 @@ def _check_rows(columns: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
             want = f"{y.dtype} {[*rows, *y.shape[1:]]}"
             raise ValueError(f"{name} must be {want}, got {x.dtype} {list(x.shape)}")
 
-# %% ../nbs/03_value_based.ipynb #24667bc8
+# %% ../nbs/03_value_based.ipynb #bdbd07ea
 class Replay:
     """The latest `capacity` transitions, drawn from in any order.
 
     Raises: `ValueError` if `capacity` is below one. `add` raises it if a column is
     missing, new, of another dtype or shape than at first, or not as long as the others;
     `sample` if there are no rows yet, or none are wanted.
-    Source: {cite:t}`lin1992`.
+    Source: Lin 1992.
     """
 
     def __init__(self, capacity: int):
