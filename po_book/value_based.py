@@ -6,7 +6,7 @@
 __all__ = ['epsilon_greedy', 'td_target', 'next_values', 'bellman_backup', 'Control', 'td_control', 'q_loss', 'soft_update',
            'Replay']
 
-# %% ../nbs/03_value_based.ipynb #b0ce06f6
+# %% ../nbs/03_value_based.ipynb #c94b6aba
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from .mdp import TabularMDP, action_values
 
-# %% ../nbs/03_value_based.ipynb #ad58ebee
+# %% ../nbs/03_value_based.ipynb #7b516088
 def epsilon_greedy(
     q: Float[Tensor, "... A"],  # action values
     epsilon: float,             # share of random actions, in [0, 1]
@@ -32,7 +32,7 @@ def epsilon_greedy(
     best = q.argmax(-1, keepdim=True)
     return torch.full_like(q, rest).scatter_(-1, best, 1 - epsilon + rest)
 
-# %% ../nbs/03_value_based.ipynb #cb29f900
+# %% ../nbs/03_value_based.ipynb #e73189c1
 def _like(name: str, x: Tensor, **others: Tensor | None) -> None:
     "Refuse tensors that do not have the shape of `x`, which is called `name`."
     for other, y in others.items():
@@ -40,7 +40,7 @@ def _like(name: str, x: Tensor, **others: Tensor | None) -> None:
             want, got = tuple(x.shape), tuple(y.shape)
             raise ValueError(f"{other} must have {name}'s shape {want}, got {got}")
 
-# %% ../nbs/03_value_based.ipynb #5df3090b
+# %% ../nbs/03_value_based.ipynb #065b8156
 def td_target(
     rewards: Float[Tensor, "*shape"],      # $r_t$
     next_values: Float[Tensor, "*shape"],  # $v'$, worth of what follows
@@ -61,7 +61,7 @@ def td_target(
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
     return rewards + gamma * torch.where(terminated, 0, next_values)
 
-# %% ../nbs/03_value_based.ipynb #7ef6cfb0
+# %% ../nbs/03_value_based.ipynb #05a499f0
 def next_values(
     rule: str,                  # "sarsa", "expected_sarsa" or "q_learning"
     q: Float[Tensor, "*N A"],   # action values in the state arrived in
@@ -86,7 +86,7 @@ def next_values(
     known = "sarsa, expected_sarsa or q_learning"
     raise ValueError(f"rule must be {known}, got {rule!r}")
 
-# %% ../nbs/03_value_based.ipynb #35f6fdcc
+# %% ../nbs/03_value_based.ipynb #ee9cfb43
 def bellman_backup(
     mdp: TabularMDP,
     q: Float[Tensor, "S A"],   # action values of the states that follow
@@ -99,7 +99,7 @@ def bellman_backup(
     _like("mdp.R", mdp.R, q=q, pi=pi)
     return action_values(mdp.P, mdp.R, mdp.gamma, (pi * q).sum(-1))
 
-# %% ../nbs/03_value_based.ipynb #5fc6b0fc
+# %% ../nbs/03_value_based.ipynb #760ab068
 @dataclass(frozen=True, eq=False)
 class Control:
     "What `td_control` learned and saw."
@@ -119,7 +119,7 @@ class Control:
         at_end = total[ended & (ended.cumsum(-1) <= n)].view(-1, n)
         return at_end.diff(dim=-1, prepend=torch.zeros_like(at_end[:, :1]))
 
-# %% ../nbs/03_value_based.ipynb #4e258de5
+# %% ../nbs/03_value_based.ipynb #f3c7a5aa
 class _Simulator:
     "Many copies of a process, side by side; a copy that reaches an end starts anew."
 
@@ -146,13 +146,13 @@ class _Simulator:
         end = self.over.take(arrived)
         return self.R[s, a], torch.where(end, self.draw(self.start), arrived), end
 
-# %% ../nbs/03_value_based.ipynb #5a4c5860
+# %% ../nbs/03_value_based.ipynb #7324f7c7
 def _in_unit(name: str, x: float | Callable) -> None:
     "Refuse a number outside [0, 1]; a function is trusted."
     if not callable(x) and not 0 <= x <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {x}")
 
-# %% ../nbs/03_value_based.ipynb #c34a1db7
+# %% ../nbs/03_value_based.ipynb #303020dd
 def td_control(
     mdp: TabularMDP,
     rule: str,      # what follows a step: "sarsa", "expected_sarsa", "q_learning"
@@ -188,11 +188,10 @@ def td_control(
         next_a = simulator.draw(simulator.cdf(pi))
         y = td_target(r, next_values(rule, follow, pi, next_a), end, mdp.gamma)
         entry = (row * mdp.n_states + s) * mdp.n_actions + a  # of the flattened tables
-        now = q.take(entry)
         if callable(alpha):
             visits.put_(entry, one, accumulate=True)
         rate = alpha(visits.take(entry)) if callable(alpha) else alpha
-        q.put_(entry, now + rate * (y - now))
+        q.put_(entry, rate * (y - q.take(entry)), accumulate=True)
         rewards.append(r)
         ended.append(end)
         if t % every == 0:
@@ -200,7 +199,7 @@ def td_control(
         s, a = next_s, next_a
     return Control(torch.stack(tables), torch.stack(rewards), torch.stack(ended))
 
-# %% ../nbs/03_value_based.ipynb #59be7ad4
+# %% ../nbs/03_value_based.ipynb #cff32f68
 def q_loss(
     q: Float[Tensor, "*N A"],     # values of all actions, with their gradient
     actions: Int[Tensor, "*N"],   # actions taken (int64)
@@ -223,7 +222,7 @@ def q_loss(
     chosen = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return mse_loss(chosen, targets) / 2
 
-# %% ../nbs/03_value_based.ipynb #308d4daa
+# %% ../nbs/03_value_based.ipynb #d4bf16b1
 @torch.no_grad()
 def soft_update(
     target: nn.Module,  # network that gives the targets; changed in place
@@ -244,7 +243,7 @@ def soft_update(
         raise ValueError(f"target must have online's parameters {want}, got {got}")
     torch._foreach_lerp_(old, new, tau)
 
-# %% ../nbs/03_value_based.ipynb #9bd0e87f
+# %% ../nbs/03_value_based.ipynb #b482c125
 def _check_rows(columns: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
     "Refuse columns that are not as long as each other or not like those kept."
     if not columns or columns.keys() != kept.keys():
@@ -256,7 +255,7 @@ def _check_rows(columns: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
             want = f"{y.dtype} {[*rows, *y.shape[1:]]}"
             raise ValueError(f"{name} must be {want}, got {x.dtype} {list(x.shape)}")
 
-# %% ../nbs/03_value_based.ipynb #bdbd07ea
+# %% ../nbs/03_value_based.ipynb #c0ab261f
 class Replay:
     """The latest `capacity` transitions, drawn from in any order.
 
