@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'Config', 'Run', 'Learner', 'ReinforceConfig', 'reinforce_iteration', 'CriticConfig', 'critic_batch',
-           'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration', 'MemoryConfig', 'DQNConfig', 'dqn_loss',
-           'dqn_iteration', 'DDPGConfig', 'ddpg_loss', 'ddpg_iteration', 'Algorithm', 'train']
+           'A2CConfig', 'a2c_iteration', 'EpochsConfig', 'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration',
+           'MemoryConfig', 'DQNConfig', 'dqn_loss', 'dqn_iteration', 'DDPGConfig', 'ddpg_loss', 'ddpg_iteration',
+           'Algorithm', 'train']
 
-# %% ../nbs/09_cartpole.ipynb #012af848
+# %% ../nbs/09_cartpole.ipynb #47710aab
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from po_book.rollout import (
 from .trust_region import trpo_step
 from .value_based import Replay, q_loss, soft_update, td_target
 
-# %% ../nbs/09_cartpole.ipynb #d9e5f3f9
+# %% ../nbs/09_cartpole.ipynb #3a40c669
 @dataclass(frozen=True)
 class Config:
     "What every algorithm needs to know."
@@ -67,7 +68,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/09_cartpole.ipynb #37a0dc24
+# %% ../nbs/09_cartpole.ipynb #d9f2ddc3
 @dataclass
 class Run:
     "A training run: what was asked, what was learned, what was seen."
@@ -88,7 +89,7 @@ class Run:
         "Return of each of `episodes` fresh episodes, actions sampled."
         return evaluate(self.policy, self.env_id, episodes, seed)
 
-# %% ../nbs/09_cartpole.ipynb #cfa15594
+# %% ../nbs/09_cartpole.ipynb #63a4b190
 @dataclass
 class Learner:
     "The moving parts of a run."
@@ -116,7 +117,7 @@ class Learner:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
         self.optimizer.step()
 
-# %% ../nbs/09_cartpole.ipynb #e3588c31
+# %% ../nbs/09_cartpole.ipynb #daa971a1
 @dataclass(frozen=True)
 class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
@@ -124,7 +125,7 @@ class ReinforceConfig(Config):
     lr: float = 5e-3
     gamma: float = 0.99
 
-# %% ../nbs/09_cartpole.ipynb #65b2fcba
+# %% ../nbs/09_cartpole.ipynb #3e222d47
 def reinforce_iteration(
     learner: Learner,
     config: ReinforceConfig,
@@ -140,25 +141,23 @@ def reinforce_iteration(
     mean_entropy = entropy[rollout.valid].mean().detach()
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
-# %% ../nbs/09_cartpole.ipynb #1aa73f46
+# %% ../nbs/09_cartpole.ipynb #8791e058
 @dataclass(frozen=True)
 class CriticConfig(Config):
     "Settings that methods with a critic share."
 
     total_steps: int = 50_000
     n_steps: int = 64           # steps of every environment an iteration
-    epochs: int = 8             # passes over the rollout
-    minibatch: int = 256        # transitions a gradient step
     lam: float = 0.9            # decay of GAE
     max_grad_norm: float = 0.5  # longest gradient, Euclidean norm
 
     def __post_init__(self):
         super().__post_init__()
-        self._positive("n_steps", "epochs", "minibatch", "max_grad_norm")
+        self._positive("n_steps", "max_grad_norm")
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {self.lam}")
 
-# %% ../nbs/09_cartpole.ipynb #42381292
+# %% ../nbs/09_cartpole.ipynb #049e129e
 @torch.no_grad()
 def critic_batch(
     policy: Policy, rollout: Rollout, gamma: float, lam: float
@@ -186,7 +185,53 @@ def critic_batch(
     }
     return {name: column[rollout.valid] for name, column in table.items()}
 
-# %% ../nbs/09_cartpole.ipynb #e671cc8c
+# %% ../nbs/09_cartpole.ipynb #75ffa648
+@dataclass(frozen=True)
+class A2CConfig(CriticConfig):
+    "Settings of A2C."
+
+    total_steps: int = 100_000
+    lr: float = 7e-3
+    gamma: float = 0.99
+    n_steps: int = 32
+    lam: float = 0.95
+    value_coef: float = 0.5    # weight of the value loss
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+
+# %% ../nbs/09_cartpole.ipynb #01e19cb7
+def a2c_iteration(
+    learner: Learner,
+    config: A2CConfig,
+    remaining: float,  # fraction of the run that is left
+) -> tuple[Rollout, dict[str, Tensor]]:
+    "Collect a rollout and take one gradient step of policy and critic on it."
+    policy = learner.policy
+    learner.set_lr(config.lr * remaining)
+    rollout = collect(policy, learner.stepper, config.n_steps, learner.generator)
+    batch = critic_batch(policy, rollout, config.gamma, config.lam)
+    logp, entropy = policy.evaluate(batch["obs"], batch["actions"])
+    terms = {
+        "policy_loss": -(logp * normalize(batch["advantages"])).mean(),
+        "value_loss": value_loss(policy.value(batch["obs"]), batch["returns"]).mean(),
+        "entropy": entropy.mean(),
+    }
+    loss = terms["policy_loss"] + config.value_coef * terms["value_loss"]
+    learner.step(loss - config.entropy_coef * terms["entropy"], config.max_grad_norm)
+    return rollout, {name: x.detach() for name, x in terms.items()}
+
+# %% ../nbs/09_cartpole.ipynb #f4168965
+@dataclass(frozen=True)
+class EpochsConfig(CriticConfig):
+    "Settings that methods with epochs share."
+
+    epochs: int = 8       # passes over the rollout
+    minibatch: int = 256  # transitions a gradient step
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._positive("epochs", "minibatch")
+
+# %% ../nbs/09_cartpole.ipynb #b59e12cc
 def _minibatches(
     batch: dict[str, Tensor], size: int, generator: torch.Generator
 ) -> list[dict[str, Tensor]]:
@@ -196,14 +241,14 @@ def _minibatches(
     parts = order.tensor_split(-(-rows // size))
     return [{name: column[part] for name, column in batch.items()} for part in parts]
 
-# %% ../nbs/09_cartpole.ipynb #5faa6e0e
+# %% ../nbs/09_cartpole.ipynb #bceac0c4
 def _means(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Mean of every metric over the gradient steps of an iteration."
     return {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
 
-# %% ../nbs/09_cartpole.ipynb #0142c719
+# %% ../nbs/09_cartpole.ipynb #98d56c3e
 @dataclass(frozen=True)
-class TRPOConfig(CriticConfig):
+class TRPOConfig(EpochsConfig):
     "Settings of TRPO; `lr`, `epochs` and `minibatch` are the critic's."
 
     max_kl: float = 0.01     # radius of the trust region, in nats
@@ -216,7 +261,7 @@ class TRPOConfig(CriticConfig):
         if not self.damping >= 0:
             raise ValueError(f"damping must be at least 0, got {self.damping}")
 
-# %% ../nbs/09_cartpole.ipynb #8fc07191
+# %% ../nbs/09_cartpole.ipynb #d4e1561a
 def trpo_iteration(
     learner: Learner,
     config: TRPOConfig,
@@ -251,9 +296,9 @@ def trpo_iteration(
             learner.step(error, config.max_grad_norm)
     return rollout, metrics | {"value_loss": error.detach()}
 
-# %% ../nbs/09_cartpole.ipynb #93494ce7
+# %% ../nbs/09_cartpole.ipynb #7609f002
 @dataclass(frozen=True)
-class PPOConfig(CriticConfig):
+class PPOConfig(EpochsConfig):
     "Settings of PPO."
 
     clip: float = 0.2           # clip range of the ratio, at the start
@@ -266,7 +311,7 @@ class PPOConfig(CriticConfig):
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
 
-# %% ../nbs/09_cartpole.ipynb #ffd1a33d
+# %% ../nbs/09_cartpole.ipynb #b0b32518
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
@@ -299,7 +344,7 @@ def ppo_iteration(
             history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #85a591f4
+# %% ../nbs/09_cartpole.ipynb #9a1f2a25
 @dataclass(frozen=True)
 class MemoryConfig(Config):
     "Settings that methods with a memory share."
@@ -321,7 +366,7 @@ class MemoryConfig(Config):
             got = f"{self.learning_starts} > {self.memory}"
             raise ValueError(f"learning_starts must not exceed memory, got {got}")
 
-# %% ../nbs/09_cartpole.ipynb #ac311589
+# %% ../nbs/09_cartpole.ipynb #8b50de4c
 def _learn_from_memory(
     learner: Learner,
     config: MemoryConfig,
@@ -343,7 +388,7 @@ def _learn_from_memory(
         history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #bc9e0040
+# %% ../nbs/09_cartpole.ipynb #7b0b1f79
 @dataclass(frozen=True)
 class DQNConfig(MemoryConfig):
     "Settings of DQN."
@@ -361,7 +406,7 @@ class DQNConfig(MemoryConfig):
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
 
-# %% ../nbs/09_cartpole.ipynb #95bfc6a0
+# %% ../nbs/09_cartpole.ipynb #e3551822
 def dqn_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -379,7 +424,7 @@ def dqn_loss(
     loss = q_loss(q, batch["actions"], targets)
     return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
 
-# %% ../nbs/09_cartpole.ipynb #c1d9bea1
+# %% ../nbs/09_cartpole.ipynb #77fa0c00
 def dqn_iteration(
     learner: Learner,
     config: DQNConfig,
@@ -391,7 +436,7 @@ def dqn_iteration(
     learner.set_lr(config.lr * remaining)
     return _learn_from_memory(learner, config, dqn_loss)
 
-# %% ../nbs/09_cartpole.ipynb #75d7a8f6
+# %% ../nbs/09_cartpole.ipynb #43d0fcb7
 @dataclass(frozen=True)
 class DDPGConfig(MemoryConfig):
     "Settings of DDPG."
@@ -409,7 +454,7 @@ class DDPGConfig(MemoryConfig):
         super().__post_init__()
         self._positive("sigma")
 
-# %% ../nbs/09_cartpole.ipynb #7625f091
+# %% ../nbs/09_cartpole.ipynb #302f5c21
 def ddpg_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -431,7 +476,7 @@ def ddpg_loss(
     metrics = {"value_loss": value_loss.detach(), "q": -actor_loss.detach()}
     return value_loss + actor_loss, metrics
 
-# %% ../nbs/09_cartpole.ipynb #3f72a064
+# %% ../nbs/09_cartpole.ipynb #7400693a
 def ddpg_iteration(
     learner: Learner,
     config: DDPGConfig,
@@ -442,7 +487,7 @@ def ddpg_iteration(
     learner.policy.sigma = 1.0 if fresh else config.sigma
     return _learn_from_memory(learner, config, ddpg_loss)
 
-# %% ../nbs/09_cartpole.ipynb #08f88055
+# %% ../nbs/09_cartpole.ipynb #f456dffa
 @dataclass(frozen=True)
 class Algorithm:
     "What tells one method from another."
@@ -451,16 +496,17 @@ class Algorithm:
     iteration: Callable  # (learner, config, remaining) to a rollout and metrics
     make_policy: Callable = make_policy  # (env, hidden, generator) to a policy
 
-# %% ../nbs/09_cartpole.ipynb #0693dc18
+# %% ../nbs/09_cartpole.ipynb #2edfa91f
 ALGORITHMS: dict[str, Algorithm] = {
     "reinforce": Algorithm(ReinforceConfig, reinforce_iteration),
+    "a2c": Algorithm(A2CConfig, a2c_iteration),
     "trpo": Algorithm(TRPOConfig, trpo_iteration),
     "ppo": Algorithm(PPOConfig, ppo_iteration),
     "dqn": Algorithm(DQNConfig, dqn_iteration, make_q_policy),
     "ddpg": Algorithm(DDPGConfig, ddpg_iteration, make_deterministic_policy),
 }
 
-# %% ../nbs/09_cartpole.ipynb #63fe328c
+# %% ../nbs/09_cartpole.ipynb #f880d84d
 def _checked_config(algorithm: str, config: Config | None) -> Config:
     "`config`, or the default of `algorithm`; refused if it belongs to another one."
     if algorithm not in ALGORITHMS:
@@ -472,7 +518,7 @@ def _checked_config(algorithm: str, config: Config | None) -> Config:
         raise ValueError(f"config of {algorithm} must be a {kind.__name__}, got {got}")
     return config or kind()
 
-# %% ../nbs/09_cartpole.ipynb #c0527b59
+# %% ../nbs/09_cartpole.ipynb #6355590f
 def _learner(
     env_id: str,
     seed: int,
@@ -493,7 +539,7 @@ def _learner(
         learner.replay = Replay(config.memory)
     return learner
 
-# %% ../nbs/09_cartpole.ipynb #e3464b97
+# %% ../nbs/09_cartpole.ipynb #e1961080
 def _recent_return(stepper: Stepper) -> dict[str, float]:
     "Mean return of the latest hundred training episodes, once one has ended."
     latest = stepper.finished[-100:]
@@ -505,7 +551,7 @@ def _fresh_score(run: Run, steps: int) -> float:
     seed = 1_000_000 * (run.seed + 1) + steps
     return run.evaluate(run.config.eval_episodes, seed).mean().item()
 
-# %% ../nbs/09_cartpole.ipynb #b07fb2be
+# %% ../nbs/09_cartpole.ipynb #5085942f
 def train(
     algorithm: str,  # a key of `ALGORITHMS`
     env_id: str,     # a registered gymnasium environment

@@ -7,6 +7,7 @@ import po_book.train
 from po_book.rollout import collect, make_deterministic_policy, make_q_policy
 from po_book.train import (
     ALGORITHMS,
+    A2CConfig,
     Config,
     DDPGConfig,
     DQNConfig,
@@ -24,6 +25,7 @@ from po_book.train import (
 MEMORY = dict(learning_starts=200, n_envs=4, n_steps=16, updates=8)
 SMALL = {
     "ppo": PPOConfig(total_steps=1500, n_envs=4, n_steps=32, minibatch=64, epochs=2),
+    "a2c": A2CConfig(total_steps=1500, n_envs=4, n_steps=32),
     "trpo": TRPOConfig(total_steps=1500, n_envs=4, n_steps=32, minibatch=64, epochs=2),
     "reinforce": ReinforceConfig(total_steps=1500, n_envs=4),
     "dqn": DQNConfig(total_steps=1500, memory=500, **MEMORY),
@@ -85,6 +87,19 @@ def test_ppo_learns_cartpole():
     assert quick("ppo", config=config).log[-1]["score"] >= 250
 
 
+def test_a2c_learns_cartpole():
+    config = A2CConfig(total_steps=60_000, eval_every=4_000, solved_at=200)
+    assert quick("a2c", config=config).log[-1]["score"] >= 200
+
+
+def test_a2c_is_the_first_step_of_ppo():
+    "One epoch of one minibatch: every ratio is one, and nothing is clipped."
+    shared = dict(total_steps=1, n_envs=4, n_steps=32, lr=1e-3, gamma=0.98, lam=0.9, entropy_coef=0.01)
+    runs = [quick("a2c", config=A2CConfig(**shared)), quick("ppo", config=PPOConfig(**shared, epochs=1, minibatch=10_000))]
+    for a, b in zip(*(run.policy.parameters() for run in runs)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
 def test_trpo_learns_cartpole():
     config = TRPOConfig(total_steps=40_000, eval_every=2_000, solved_at=250)
     assert quick("trpo", config=config).log[-1]["score"] >= 250
@@ -129,12 +144,13 @@ def target():
     del gym.registry["Target-v0"]
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "trpo", "reinforce", "ddpg"])
+@pytest.mark.parametrize("algorithm", ["ppo", "trpo", "a2c", "reinforce", "ddpg"])
 def test_continuous_actions(algorithm, target):
     config = {
         "ppo": PPOConfig(total_steps=20_000, hidden=(32,)),
         "trpo": TRPOConfig(total_steps=20_000, hidden=(32,), max_kl=0.05),
         "ddpg": DDPGConfig(total_steps=3_000),
+        "a2c": A2CConfig(total_steps=80_000, hidden=(32,)),
         "reinforce": ReinforceConfig(total_steps=30_000, n_envs=64, hidden=(32,)),
     }[algorithm]
     run = quick(algorithm, env_id=target, config=config)
