@@ -8,14 +8,13 @@ __all__ = ['ALGORITHMS', 'Config', 'Run', 'Learner', 'ReinforceConfig', 'reinfor
            'MemoryConfig', 'DQNConfig', 'dqn_loss', 'dqn_iteration', 'DDPGConfig', 'ddpg_loss', 'ddpg_iteration',
            'Algorithm', 'train']
 
-# %% ../nbs/09_cartpole.ipynb #47710aab
+# %% ../nbs/09_cartpole.ipynb #779c72d7
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import inf
 from time import perf_counter
 
-import gymnasium as gym
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,17 +30,19 @@ from po_book.rollout import (
     Policy,
     Rollout,
     Stepper,
+    TensorStepper,
     collect,
     collect_episodes,
     evaluate,
     make_deterministic_policy,
     make_policy,
     make_q_policy,
+    make_stepper,
 )
 from .trust_region import trpo_step
 from .value_based import Replay, q_loss, soft_update, td_target
 
-# %% ../nbs/09_cartpole.ipynb #3a40c669
+# %% ../nbs/09_cartpole.ipynb #b534f706
 @dataclass(frozen=True)
 class Config:
     "What every algorithm needs to know."
@@ -68,7 +69,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/09_cartpole.ipynb #d9f2ddc3
+# %% ../nbs/09_cartpole.ipynb #afddf672
 @dataclass
 class Run:
     "A training run: what was asked, what was learned, what was seen."
@@ -89,14 +90,14 @@ class Run:
         "Return of each of `episodes` fresh episodes, actions sampled."
         return evaluate(self.policy, self.env_id, episodes, seed)
 
-# %% ../nbs/09_cartpole.ipynb #63a4b190
+# %% ../nbs/09_cartpole.ipynb #9efa8e15
 @dataclass
 class Learner:
     "The moving parts of a run."
 
     policy: Policy
     optimizer: torch.optim.Optimizer
-    stepper: Stepper
+    stepper: Stepper | TensorStepper
     generator: torch.Generator  # of actions and minibatches, on the policy's device
     target: Policy | None = None  # slow copy of the policy, for methods with a memory
     replay: Replay | None = None  # that memory
@@ -117,7 +118,7 @@ class Learner:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
         self.optimizer.step()
 
-# %% ../nbs/09_cartpole.ipynb #daa971a1
+# %% ../nbs/09_cartpole.ipynb #faa2c0c4
 @dataclass(frozen=True)
 class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
@@ -125,7 +126,7 @@ class ReinforceConfig(Config):
     lr: float = 5e-3
     gamma: float = 0.99
 
-# %% ../nbs/09_cartpole.ipynb #3e222d47
+# %% ../nbs/09_cartpole.ipynb #2204708d
 def reinforce_iteration(
     learner: Learner,
     config: ReinforceConfig,
@@ -141,7 +142,7 @@ def reinforce_iteration(
     mean_entropy = entropy[rollout.valid].mean().detach()
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
-# %% ../nbs/09_cartpole.ipynb #8791e058
+# %% ../nbs/09_cartpole.ipynb #e5d70a27
 @dataclass(frozen=True)
 class CriticConfig(Config):
     "Settings that methods with a critic share."
@@ -157,7 +158,7 @@ class CriticConfig(Config):
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {self.lam}")
 
-# %% ../nbs/09_cartpole.ipynb #049e129e
+# %% ../nbs/09_cartpole.ipynb #60b163d9
 @torch.no_grad()
 def critic_batch(
     policy: Policy, rollout: Rollout, gamma: float, lam: float
@@ -185,7 +186,7 @@ def critic_batch(
     }
     return {name: column[rollout.valid] for name, column in table.items()}
 
-# %% ../nbs/09_cartpole.ipynb #75ffa648
+# %% ../nbs/09_cartpole.ipynb #875e3679
 @dataclass(frozen=True)
 class A2CConfig(CriticConfig):
     "Settings of A2C."
@@ -198,7 +199,7 @@ class A2CConfig(CriticConfig):
     value_coef: float = 0.5    # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
 
-# %% ../nbs/09_cartpole.ipynb #01e19cb7
+# %% ../nbs/09_cartpole.ipynb #ab8540e1
 def a2c_iteration(
     learner: Learner,
     config: A2CConfig,
@@ -219,7 +220,7 @@ def a2c_iteration(
     learner.step(loss - config.entropy_coef * terms["entropy"], config.max_grad_norm)
     return rollout, {name: x.detach() for name, x in terms.items()}
 
-# %% ../nbs/09_cartpole.ipynb #f4168965
+# %% ../nbs/09_cartpole.ipynb #15410c16
 @dataclass(frozen=True)
 class EpochsConfig(CriticConfig):
     "Settings that methods with epochs share."
@@ -231,7 +232,7 @@ class EpochsConfig(CriticConfig):
         super().__post_init__()
         self._positive("epochs", "minibatch")
 
-# %% ../nbs/09_cartpole.ipynb #b59e12cc
+# %% ../nbs/09_cartpole.ipynb #1895e167
 def _minibatches(
     batch: dict[str, Tensor], size: int, generator: torch.Generator
 ) -> list[dict[str, Tensor]]:
@@ -241,12 +242,12 @@ def _minibatches(
     parts = order.tensor_split(-(-rows // size))
     return [{name: column[part] for name, column in batch.items()} for part in parts]
 
-# %% ../nbs/09_cartpole.ipynb #bceac0c4
+# %% ../nbs/09_cartpole.ipynb #7dcaf2f4
 def _means(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Mean of every metric over the gradient steps of an iteration."
     return {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
 
-# %% ../nbs/09_cartpole.ipynb #98d56c3e
+# %% ../nbs/09_cartpole.ipynb #b5b45097
 @dataclass(frozen=True)
 class TRPOConfig(EpochsConfig):
     "Settings of TRPO; `lr`, `epochs` and `minibatch` are the critic's."
@@ -261,7 +262,7 @@ class TRPOConfig(EpochsConfig):
         if not self.damping >= 0:
             raise ValueError(f"damping must be at least 0, got {self.damping}")
 
-# %% ../nbs/09_cartpole.ipynb #d4e1561a
+# %% ../nbs/09_cartpole.ipynb #0fb9229f
 def trpo_iteration(
     learner: Learner,
     config: TRPOConfig,
@@ -296,7 +297,7 @@ def trpo_iteration(
             learner.step(error, config.max_grad_norm)
     return rollout, metrics | {"value_loss": error.detach()}
 
-# %% ../nbs/09_cartpole.ipynb #7609f002
+# %% ../nbs/09_cartpole.ipynb #61ec5eca
 @dataclass(frozen=True)
 class PPOConfig(EpochsConfig):
     "Settings of PPO."
@@ -311,7 +312,7 @@ class PPOConfig(EpochsConfig):
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
 
-# %% ../nbs/09_cartpole.ipynb #b0b32518
+# %% ../nbs/09_cartpole.ipynb #00d2f84d
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
@@ -344,7 +345,7 @@ def ppo_iteration(
             history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #9a1f2a25
+# %% ../nbs/09_cartpole.ipynb #33800f90
 @dataclass(frozen=True)
 class MemoryConfig(Config):
     "Settings that methods with a memory share."
@@ -366,7 +367,7 @@ class MemoryConfig(Config):
             got = f"{self.learning_starts} > {self.memory}"
             raise ValueError(f"learning_starts must not exceed memory, got {got}")
 
-# %% ../nbs/09_cartpole.ipynb #8b50de4c
+# %% ../nbs/09_cartpole.ipynb #3f26e25f
 def _learn_from_memory(
     learner: Learner,
     config: MemoryConfig,
@@ -388,7 +389,7 @@ def _learn_from_memory(
         history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #7b0b1f79
+# %% ../nbs/09_cartpole.ipynb #3db4c1e9
 @dataclass(frozen=True)
 class DQNConfig(MemoryConfig):
     "Settings of DQN."
@@ -406,7 +407,7 @@ class DQNConfig(MemoryConfig):
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
 
-# %% ../nbs/09_cartpole.ipynb #e3551822
+# %% ../nbs/09_cartpole.ipynb #e639131d
 def dqn_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -424,7 +425,7 @@ def dqn_loss(
     loss = q_loss(q, batch["actions"], targets)
     return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
 
-# %% ../nbs/09_cartpole.ipynb #77fa0c00
+# %% ../nbs/09_cartpole.ipynb #c2b36e6b
 def dqn_iteration(
     learner: Learner,
     config: DQNConfig,
@@ -436,7 +437,7 @@ def dqn_iteration(
     learner.set_lr(config.lr * remaining)
     return _learn_from_memory(learner, config, dqn_loss)
 
-# %% ../nbs/09_cartpole.ipynb #43d0fcb7
+# %% ../nbs/09_cartpole.ipynb #ff6900a2
 @dataclass(frozen=True)
 class DDPGConfig(MemoryConfig):
     "Settings of DDPG."
@@ -454,7 +455,7 @@ class DDPGConfig(MemoryConfig):
         super().__post_init__()
         self._positive("sigma")
 
-# %% ../nbs/09_cartpole.ipynb #302f5c21
+# %% ../nbs/09_cartpole.ipynb #ed52fd12
 def ddpg_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -476,7 +477,7 @@ def ddpg_loss(
     metrics = {"value_loss": value_loss.detach(), "q": -actor_loss.detach()}
     return value_loss + actor_loss, metrics
 
-# %% ../nbs/09_cartpole.ipynb #7400693a
+# %% ../nbs/09_cartpole.ipynb #7862f852
 def ddpg_iteration(
     learner: Learner,
     config: DDPGConfig,
@@ -487,7 +488,7 @@ def ddpg_iteration(
     learner.policy.sigma = 1.0 if fresh else config.sigma
     return _learn_from_memory(learner, config, ddpg_loss)
 
-# %% ../nbs/09_cartpole.ipynb #f456dffa
+# %% ../nbs/09_cartpole.ipynb #d85f35b5
 @dataclass(frozen=True)
 class Algorithm:
     "What tells one method from another."
@@ -496,7 +497,7 @@ class Algorithm:
     iteration: Callable  # (learner, config, remaining) to a rollout and metrics
     make_policy: Callable = make_policy  # (env, hidden, generator) to a policy
 
-# %% ../nbs/09_cartpole.ipynb #2edfa91f
+# %% ../nbs/09_cartpole.ipynb #c4ca0a16
 ALGORITHMS: dict[str, Algorithm] = {
     "reinforce": Algorithm(ReinforceConfig, reinforce_iteration),
     "a2c": Algorithm(A2CConfig, a2c_iteration),
@@ -506,7 +507,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ddpg": Algorithm(DDPGConfig, ddpg_iteration, make_deterministic_policy),
 }
 
-# %% ../nbs/09_cartpole.ipynb #f880d84d
+# %% ../nbs/09_cartpole.ipynb #0eee2df8
 def _checked_config(algorithm: str, config: Config | None) -> Config:
     "`config`, or the default of `algorithm`; refused if it belongs to another one."
     if algorithm not in ALGORITHMS:
@@ -518,7 +519,7 @@ def _checked_config(algorithm: str, config: Config | None) -> Config:
         raise ValueError(f"config of {algorithm} must be a {kind.__name__}, got {got}")
     return config or kind()
 
-# %% ../nbs/09_cartpole.ipynb #6355590f
+# %% ../nbs/09_cartpole.ipynb #15d28d49
 def _learner(
     env_id: str,
     seed: int,
@@ -527,20 +528,20 @@ def _learner(
     make_policy: Callable = make_policy,
 ) -> Learner:
     "A new policy, its optimiser and environments; all randomness comes from `seed`."
-    env = gym.make_vec(env_id, num_envs=config.n_envs)
+    stepper = make_stepper(env_id, config.n_envs, device, seed)
     # Weights are drawn on the CPU, so a seed starts the same policy on every device.
     weights = torch.Generator().manual_seed(seed)
-    policy = make_policy(env, config.hidden, weights).to(device)
+    policy = make_policy(stepper.env, config.hidden, weights).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(seed)
-    learner = Learner(policy, optimizer, Stepper(env, device, seed), generator)
+    learner = Learner(policy, optimizer, stepper, generator)
     if isinstance(config, MemoryConfig):
         learner.target = deepcopy(policy).requires_grad_(False)
         learner.replay = Replay(config.memory)
     return learner
 
-# %% ../nbs/09_cartpole.ipynb #e1961080
-def _recent_return(stepper: Stepper) -> dict[str, float]:
+# %% ../nbs/09_cartpole.ipynb #8d91ac63
+def _recent_return(stepper: Stepper | TensorStepper) -> dict[str, float]:
     "Mean return of the latest hundred training episodes, once one has ended."
     latest = stepper.finished[-100:]
     return {"return": sum(latest) / len(latest)} if latest else {}
@@ -551,7 +552,7 @@ def _fresh_score(run: Run, steps: int) -> float:
     seed = 1_000_000 * (run.seed + 1) + steps
     return run.evaluate(run.config.eval_episodes, seed).mean().item()
 
-# %% ../nbs/09_cartpole.ipynb #5085942f
+# %% ../nbs/09_cartpole.ipynb #2551d3c7
 def train(
     algorithm: str,  # a key of `ALGORITHMS`
     env_id: str,     # a registered gymnasium environment

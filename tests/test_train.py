@@ -92,6 +92,12 @@ def test_a2c_learns_cartpole():
     assert quick("a2c", config=config).log[-1]["score"] >= 200
 
 
+def test_training_on_tensors_learns_too():
+    config = PPOConfig(total_steps=40_000, eval_every=2_000, solved_at=200)
+    run = quick("ppo", env_id="po_book/CartPole-v1", config=config)
+    assert run.log[-1]["score"] >= 200
+
+
 def test_a2c_is_the_first_step_of_ppo():
     "One epoch of one minibatch: every ratio is one, and nothing is clipped."
     shared = dict(total_steps=1, n_envs=4, n_steps=32, lr=1e-3, gamma=0.98, lam=0.9, entropy_coef=0.01)
