@@ -8,7 +8,7 @@ __all__ = ['ALGORITHMS', 'Config', 'Run', 'Learner', 'ReinforceConfig', 'reinfor
            'MemoryConfig', 'DQNConfig', 'dqn_loss', 'dqn_iteration', 'DDPGConfig', 'ddpg_loss', 'ddpg_iteration',
            'Algorithm', 'train']
 
-# %% ../nbs/09_cartpole.ipynb #779c72d7
+# %% ../nbs/09_cartpole.ipynb #172b3f9e
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ from po_book.rollout import (
 from .trust_region import trpo_step
 from .value_based import Replay, q_loss, soft_update, td_target
 
-# %% ../nbs/09_cartpole.ipynb #b534f706
+# %% ../nbs/09_cartpole.ipynb #71b05fea
 @dataclass(frozen=True)
 class Config:
     "What every algorithm needs to know."
@@ -69,7 +69,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/09_cartpole.ipynb #afddf672
+# %% ../nbs/09_cartpole.ipynb #dcff7284
 @dataclass
 class Run:
     "A training run: what was asked, what was learned, what was seen."
@@ -90,7 +90,7 @@ class Run:
         "Return of each of `episodes` fresh episodes, actions sampled."
         return evaluate(self.policy, self.env_id, episodes, seed)
 
-# %% ../nbs/09_cartpole.ipynb #9efa8e15
+# %% ../nbs/09_cartpole.ipynb #2141466b
 @dataclass
 class Learner:
     "The moving parts of a run."
@@ -118,7 +118,7 @@ class Learner:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
         self.optimizer.step()
 
-# %% ../nbs/09_cartpole.ipynb #faa2c0c4
+# %% ../nbs/09_cartpole.ipynb #5f304248
 @dataclass(frozen=True)
 class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
@@ -126,7 +126,7 @@ class ReinforceConfig(Config):
     lr: float = 5e-3
     gamma: float = 0.99
 
-# %% ../nbs/09_cartpole.ipynb #2204708d
+# %% ../nbs/09_cartpole.ipynb #3d7a3125
 def reinforce_iteration(
     learner: Learner,
     config: ReinforceConfig,
@@ -142,7 +142,7 @@ def reinforce_iteration(
     mean_entropy = entropy[rollout.valid].mean().detach()
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
-# %% ../nbs/09_cartpole.ipynb #e5d70a27
+# %% ../nbs/09_cartpole.ipynb #0f5d23ab
 @dataclass(frozen=True)
 class CriticConfig(Config):
     "Settings that methods with a critic share."
@@ -158,7 +158,7 @@ class CriticConfig(Config):
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {self.lam}")
 
-# %% ../nbs/09_cartpole.ipynb #60b163d9
+# %% ../nbs/09_cartpole.ipynb #5b07f3d8
 @torch.no_grad()
 def critic_batch(
     policy: Policy, rollout: Rollout, gamma: float, lam: float
@@ -186,7 +186,7 @@ def critic_batch(
     }
     return {name: column[rollout.valid] for name, column in table.items()}
 
-# %% ../nbs/09_cartpole.ipynb #875e3679
+# %% ../nbs/09_cartpole.ipynb #caee6c3e
 @dataclass(frozen=True)
 class A2CConfig(CriticConfig):
     "Settings of A2C."
@@ -199,7 +199,7 @@ class A2CConfig(CriticConfig):
     value_coef: float = 0.5    # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
 
-# %% ../nbs/09_cartpole.ipynb #ab8540e1
+# %% ../nbs/09_cartpole.ipynb #d1234b5c
 def a2c_iteration(
     learner: Learner,
     config: A2CConfig,
@@ -220,7 +220,7 @@ def a2c_iteration(
     learner.step(loss - config.entropy_coef * terms["entropy"], config.max_grad_norm)
     return rollout, {name: x.detach() for name, x in terms.items()}
 
-# %% ../nbs/09_cartpole.ipynb #15410c16
+# %% ../nbs/09_cartpole.ipynb #84381688
 @dataclass(frozen=True)
 class EpochsConfig(CriticConfig):
     "Settings that methods with epochs share."
@@ -232,7 +232,7 @@ class EpochsConfig(CriticConfig):
         super().__post_init__()
         self._positive("epochs", "minibatch")
 
-# %% ../nbs/09_cartpole.ipynb #1895e167
+# %% ../nbs/09_cartpole.ipynb #b8692499
 def _minibatches(
     batch: dict[str, Tensor], size: int, generator: torch.Generator
 ) -> list[dict[str, Tensor]]:
@@ -242,12 +242,12 @@ def _minibatches(
     parts = order.tensor_split(-(-rows // size))
     return [{name: column[part] for name, column in batch.items()} for part in parts]
 
-# %% ../nbs/09_cartpole.ipynb #7dcaf2f4
+# %% ../nbs/09_cartpole.ipynb #b7819133
 def _means(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Mean of every metric over the gradient steps of an iteration."
     return {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
 
-# %% ../nbs/09_cartpole.ipynb #b5b45097
+# %% ../nbs/09_cartpole.ipynb #ca83aeab
 @dataclass(frozen=True)
 class TRPOConfig(EpochsConfig):
     "Settings of TRPO; `lr`, `epochs` and `minibatch` are the critic's."
@@ -262,7 +262,7 @@ class TRPOConfig(EpochsConfig):
         if not self.damping >= 0:
             raise ValueError(f"damping must be at least 0, got {self.damping}")
 
-# %% ../nbs/09_cartpole.ipynb #0fb9229f
+# %% ../nbs/09_cartpole.ipynb #75612a3d
 def trpo_iteration(
     learner: Learner,
     config: TRPOConfig,
@@ -297,7 +297,7 @@ def trpo_iteration(
             learner.step(error, config.max_grad_norm)
     return rollout, metrics | {"value_loss": error.detach()}
 
-# %% ../nbs/09_cartpole.ipynb #61ec5eca
+# %% ../nbs/09_cartpole.ipynb #7c221414
 @dataclass(frozen=True)
 class PPOConfig(EpochsConfig):
     "Settings of PPO."
@@ -312,7 +312,7 @@ class PPOConfig(EpochsConfig):
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be in (0, 1), got {self.clip}")
 
-# %% ../nbs/09_cartpole.ipynb #00d2f84d
+# %% ../nbs/09_cartpole.ipynb #8212bcaf
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
@@ -345,7 +345,7 @@ def ppo_iteration(
             history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #33800f90
+# %% ../nbs/09_cartpole.ipynb #bd835431
 @dataclass(frozen=True)
 class MemoryConfig(Config):
     "Settings that methods with a memory share."
@@ -367,7 +367,7 @@ class MemoryConfig(Config):
             got = f"{self.learning_starts} > {self.memory}"
             raise ValueError(f"learning_starts must not exceed memory, got {got}")
 
-# %% ../nbs/09_cartpole.ipynb #3f26e25f
+# %% ../nbs/09_cartpole.ipynb #7ecc9914
 def _learn_from_memory(
     learner: Learner,
     config: MemoryConfig,
@@ -389,7 +389,7 @@ def _learn_from_memory(
         history.append(metrics)
     return rollout, _means(history)
 
-# %% ../nbs/09_cartpole.ipynb #3db4c1e9
+# %% ../nbs/09_cartpole.ipynb #39432d94
 @dataclass(frozen=True)
 class DQNConfig(MemoryConfig):
     "Settings of DQN."
@@ -407,7 +407,7 @@ class DQNConfig(MemoryConfig):
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
 
-# %% ../nbs/09_cartpole.ipynb #e639131d
+# %% ../nbs/09_cartpole.ipynb #e2a01490
 def dqn_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -425,7 +425,7 @@ def dqn_loss(
     loss = q_loss(q, batch["actions"], targets)
     return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
 
-# %% ../nbs/09_cartpole.ipynb #c2b36e6b
+# %% ../nbs/09_cartpole.ipynb #f17943ae
 def dqn_iteration(
     learner: Learner,
     config: DQNConfig,
@@ -437,7 +437,7 @@ def dqn_iteration(
     learner.set_lr(config.lr * remaining)
     return _learn_from_memory(learner, config, dqn_loss)
 
-# %% ../nbs/09_cartpole.ipynb #ff6900a2
+# %% ../nbs/09_cartpole.ipynb #012d2e54
 @dataclass(frozen=True)
 class DDPGConfig(MemoryConfig):
     "Settings of DDPG."
@@ -449,13 +449,14 @@ class DDPGConfig(MemoryConfig):
     minibatch: int = 128
     lr: float = 1e-3
     tau: float = 0.005
+    max_grad_norm: float = 10.0
     sigma: float = 0.2  # exploration noise, in half-widths of the action bounds
 
     def __post_init__(self):
         super().__post_init__()
         self._positive("sigma")
 
-# %% ../nbs/09_cartpole.ipynb #ed52fd12
+# %% ../nbs/09_cartpole.ipynb #9c627d00
 def ddpg_loss(
     policy: Policy,  # learns
     target: Policy,  # gives the targets
@@ -477,7 +478,7 @@ def ddpg_loss(
     metrics = {"value_loss": value_loss.detach(), "q": -actor_loss.detach()}
     return value_loss + actor_loss, metrics
 
-# %% ../nbs/09_cartpole.ipynb #7862f852
+# %% ../nbs/09_cartpole.ipynb #38ce8f2f
 def ddpg_iteration(
     learner: Learner,
     config: DDPGConfig,
@@ -488,7 +489,7 @@ def ddpg_iteration(
     learner.policy.sigma = 1.0 if fresh else config.sigma
     return _learn_from_memory(learner, config, ddpg_loss)
 
-# %% ../nbs/09_cartpole.ipynb #d85f35b5
+# %% ../nbs/09_cartpole.ipynb #895178e5
 @dataclass(frozen=True)
 class Algorithm:
     "What tells one method from another."
@@ -497,7 +498,7 @@ class Algorithm:
     iteration: Callable  # (learner, config, remaining) to a rollout and metrics
     make_policy: Callable = make_policy  # (env, hidden, generator) to a policy
 
-# %% ../nbs/09_cartpole.ipynb #c4ca0a16
+# %% ../nbs/09_cartpole.ipynb #0fc33a3b
 ALGORITHMS: dict[str, Algorithm] = {
     "reinforce": Algorithm(ReinforceConfig, reinforce_iteration),
     "a2c": Algorithm(A2CConfig, a2c_iteration),
@@ -507,7 +508,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ddpg": Algorithm(DDPGConfig, ddpg_iteration, make_deterministic_policy),
 }
 
-# %% ../nbs/09_cartpole.ipynb #0eee2df8
+# %% ../nbs/09_cartpole.ipynb #90603d67
 def _checked_config(algorithm: str, config: Config | None) -> Config:
     "`config`, or the default of `algorithm`; refused if it belongs to another one."
     if algorithm not in ALGORITHMS:
@@ -519,7 +520,7 @@ def _checked_config(algorithm: str, config: Config | None) -> Config:
         raise ValueError(f"config of {algorithm} must be a {kind.__name__}, got {got}")
     return config or kind()
 
-# %% ../nbs/09_cartpole.ipynb #15d28d49
+# %% ../nbs/09_cartpole.ipynb #775b3fdd
 def _learner(
     env_id: str,
     seed: int,
@@ -540,7 +541,7 @@ def _learner(
         learner.replay = Replay(config.memory)
     return learner
 
-# %% ../nbs/09_cartpole.ipynb #8d91ac63
+# %% ../nbs/09_cartpole.ipynb #1f27968c
 def _recent_return(stepper: Stepper | TensorStepper) -> dict[str, float]:
     "Mean return of the latest hundred training episodes, once one has ended."
     latest = stepper.finished[-100:]
@@ -552,7 +553,7 @@ def _fresh_score(run: Run, steps: int) -> float:
     seed = 1_000_000 * (run.seed + 1) + steps
     return run.evaluate(run.config.eval_episodes, seed).mean().item()
 
-# %% ../nbs/09_cartpole.ipynb #2551d3c7
+# %% ../nbs/09_cartpole.ipynb #d3a78422
 def train(
     algorithm: str,  # a key of `ALGORITHMS`
     env_id: str,     # a registered gymnasium environment
