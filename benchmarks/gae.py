@@ -1,6 +1,6 @@
 """Generalised advantage estimation beside its peers, all in one process.
 
-Run: python benchmarks/gae.py [turns]
+Run: python benchmarks/gae.py [turns] [--record]
 
 Each row is the whole computation, TD errors included, from the same rewards, values and
 flags. The candidates take turns of five calls, so that a busy moment of the machine
@@ -15,6 +15,7 @@ from time import perf_counter
 
 import gymnasium
 import torch
+from provenance import record
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from po_book.advantage import gae, td_error
@@ -85,12 +86,12 @@ def measure(candidates: dict[str, Callable], turns: int) -> dict[str, list[float
     return times
 
 
-def main(turns: int) -> None:
+def main(turns: int, recording: bool) -> None:
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
-          f"{5 * turns} calls each, ms\n")
-    print(f"{'[T, N]':>12}  {'':24}{'min':>8}{'median':>8}"
-          f"{'min/ours':>10}{'median/ours':>13}{'error':>9}")
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {threads}, float32, {5 * turns} calls each\n")
+    columns = ["[T, N]", "GAE", "ms, min", "ms, median", "min over po_book's", "error"]
+    rows = []
     for T, N in SHAPES:
         steps = rollout(T, N)
         candidates = {
@@ -101,14 +102,17 @@ def main(turns: int) -> None:
         }
         exact = textbook(*(x.double() if x.is_floating_point() else x for x in steps))
         times = measure(candidates, turns)
-        ours = times["po_book.advantage.gae"]
+        ours = min(times["po_book.advantage.gae"])
         for name, ms in times.items():
             error = (candidates[name]() - exact).abs().max() / exact.abs().max()
-            print(f"{f'[{T}, {N}]':>12}  {name:24}{min(ms):8.2f}{median(ms):8.2f}"
-                  f"{min(ms) / min(ours):10.1f}{median(ms) / median(ours):13.1f}"
-                  f"{error:9.0e}")
-        print()
+            numbers = f"{min(ms):.2f}", f"{median(ms):.2f}", f"{min(ms) / ours:.1f}"
+            rows.append([f"[{T}, {N}]", name, *numbers, f"{error:.0e}"])
+    for row in columns, *rows:
+        print(f"{row[0]:>12}  {row[1]:26}" + "".join(f"{x:>20}" for x in row[2:]))
+    if recording:
+        record("gae", columns, rows, threads=threads)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    words = [word for word in sys.argv[1:] if word != "--record"]
+    main(int(words[0]) if words else 20, "--record" in sys.argv)

@@ -6,47 +6,78 @@ Writes results/NAME.csv, a row a score, and results/NAME.json, which says where,
 and with what it was made. Every row is what `po_book.train.train` logged.
 """
 
-import csv
-import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
+from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 
-import gymnasium
 import torch
+from provenance import record
 
-from po_book.train import Config, DDPGConfig, DQNConfig, TRPOConfig, train
+from po_book.train import (
+    ALGORITHMS,
+    A2CConfig,
+    Config,
+    DDPGConfig,
+    DQNConfig,
+    PPOConfig,
+    ReinforceConfig,
+    TRPOConfig,
+    train,
+)
 
-ROOT = Path(__file__).parent.parent
-SEEDS = range(5)
 
+@dataclass(frozen=True)
+class Record:
+    "An environment, how many seeds, and the settings of each variant."
+
+    env: str
+    seeds: int
+    variants: dict[str, Config]
+
+
+METHODS = dict(total_steps=100_000, eval_every=4_000)
+DETAILS = dict(total_steps=50_000, eval_every=2_048)
 DQN = dict(eval_every=2_500)
 DDPG = dict(eval_every=1_000)
-TRPO = TRPOConfig(
+PENDULUM = dict(
     total_steps=200_000, n_envs=32, n_steps=128, gamma=0.9, lam=0.95, epochs=10,
     max_kl=0.02, max_grad_norm=100.0, eval_every=10_000,
 )
 
-# name: algorithm, environment, and the settings of each variant
-RECORDS: dict[str, tuple[str, str, dict[str, Config]]] = {
-    "dqn_cartpole": ("dqn", "CartPole-v1", {
+RECORDS = {
+    "cartpole_methods": Record("CartPole-v1", 10, {
+        "REINFORCE": ReinforceConfig(**METHODS),
+        "A2C": A2CConfig(**METHODS),
+        "TRPO": TRPOConfig(**METHODS),
+        "PPO": PPOConfig(**METHODS),
+    }),
+    "ppo_details": Record("CartPole-v1", 10, {
+        "as it is": PPOConfig(**DETAILS),
+        "rate and clip range constant": PPOConfig(anneal=False, **DETAILS),
+        "advantages not normalised": PPOConfig(normalize_advantages=False, **DETAILS),
+        "gradient not bounded": PPOConfig(max_grad_norm=1e9, **DETAILS),
+        "ratio not clipped": PPOConfig(clip=0.99, **DETAILS),
+        "one epoch": PPOConfig(epochs=1, **DETAILS),
+        "lambda 0": PPOConfig(lam=0.0, **DETAILS),
+        "lambda 1": PPOConfig(lam=1.0, **DETAILS),
+        "observations normalised": PPOConfig(normalize_obs=True, **DETAILS),
+        "entropy bonus 0.01": PPOConfig(entropy_coef=0.01, **DETAILS),
+        "one environment": PPOConfig(n_envs=1, n_steps=1024, **DETAILS),
+    }),
+    "dqn_cartpole": Record("CartPole-v1", 5, {
         "replay and target network": DQNConfig(**DQN),
         "without target network": DQNConfig(tau=1.0, **DQN),
         "without replay": DQNConfig(memory=256, learning_starts=256, **DQN),
         "with neither": DQNConfig(tau=1.0, memory=256, learning_starts=256, **DQN),
     }),
-    "ddpg_pendulum": ("ddpg", "Pendulum-v1", {
+    "ddpg_pendulum": Record("Pendulum-v1", 5, {
         "noise 0.2": DDPGConfig(**DDPG),
         "noise 0.01": DDPGConfig(sigma=0.01, **DDPG),
     }),
-    "trpo_pendulum": ("trpo", "Pendulum-v1", {
-        "TRPO": TRPO,
+    "trpo_pendulum": Record("Pendulum-v1", 5, {
+        "TRPO": TRPOConfig(**PENDULUM),
     }),
 }
 
@@ -54,44 +85,33 @@ RECORDS: dict[str, tuple[str, str, dict[str, Config]]] = {
 def scores(name: str, variant: str, seed: int) -> list[list]:
     "One run: the rows of its log that have a score."
     torch.set_num_threads(1)
-    algorithm, env_id, variants = RECORDS[name]
-    run = train(algorithm, env_id, seed=seed, config=variants[variant], progress=False)
-    columns = "steps", "seconds", "score"
-    rows = [[row[column] for column in columns] for row in run.log if "score" in row]
-    return [[variant, seed, *row] for row in rows]
-
-
-def provenance() -> dict[str, str]:
-    "Where, when and with what."
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout
-    return {
-        "device": f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
-        "python": f"Python {platform.python_version()}",
-        "torch": f"torch {torch.__version__}",
-        "gymnasium": f"gymnasium {gymnasium.__version__}",
-        "seeds": f"seeds {SEEDS[0]} to {SEEDS[-1]}",
-        "date": date.today().isoformat(),
-        "commit": f"commit {commit.strip()}",
-    }
+    env, config = RECORDS[name].env, RECORDS[name].variants[variant]
+    algorithm = next(key for key, x in ALGORITHMS.items() if x.config is type(config))
+    run = train(algorithm, env, seed=seed, config=config, progress=False)
+    rows = [row for row in run.log if "score" in row]
+    return [
+        [variant, seed, row["steps"], f"{row['seconds']:.2f}", f"{row['score']:.2f}"]
+        for row in rows
+    ]
 
 
 def runs(name: str, processes: int) -> Iterator[list[list]]:
     "The scores of every variant and seed."
-    variants, seeds = zip(*product(RECORDS[name][2], SEEDS))
+    wanted = list(product(RECORDS[name].variants, range(RECORDS[name].seeds)))
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(scores, [name] * len(seeds), variants, seeds)
+        yield from pool.map(scores, [name] * len(wanted), *zip(*wanted))
+
+
+def settings(name: str) -> dict[str, dict]:
+    "What the runs were made with, to be compared with what the code would do now."
+    return {variant: asdict(config) for variant, config in RECORDS[name].variants.items()}
 
 
 def main(name: str, processes: str = "1") -> None:
-    (ROOT / "results").mkdir(exist_ok=True)
     rows = [row for run in runs(name, int(processes)) for row in run]
-    with open(ROOT / "results" / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["variant", "seed", "steps", "seconds", "score"])
-        writer.writerows([*row[:3], *(f"{x:.2f}" for x in row[3:])] for row in rows)
-    note = json.dumps(provenance(), indent=2)
-    (ROOT / "results" / f"{name}.json").write_text(note + "\n", encoding="utf-8")
+    columns = ["variant", "seed", "steps", "seconds", "score"]
+    seeds = f"seeds 0 to {RECORDS[name].seeds - 1}"
+    record(name, columns, rows, seeds=seeds, settings=settings(name))
 
 
 if __name__ == "__main__":

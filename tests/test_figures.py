@@ -1,15 +1,19 @@
 import io
 import json
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import po_book.figures as figures
-from po_book.figures import recorded, spread, spread_curves
 from conftest import ROOT
+from po_book.figures import recorded, recorded_table, spread, spread_curves
 
-NAMES = sorted(path.stem for path in (ROOT / "results").glob("*.csv"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from record import RECORDS, settings  # noqa: E402
+
+NAMES = {path.stem for path in (ROOT / "results").glob("*.csv")}
 
 
 def test_spread_curves_meets_every_run_where_all_were_measured():
@@ -29,15 +33,37 @@ def test_spread_refuses_runs_of_another_length():
         spread(ax, [1, 2, 3], np.zeros((2, 4)), "x")
 
 
-@pytest.mark.parametrize("name", NAMES)
+def provenance(name: str) -> dict:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_was_made_with_the_settings_that_the_code_has_now(name):
+    assert provenance(name)["settings"] == json.loads(json.dumps(settings(name)))
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - RECORDS.keys()))
+def test_a_recorded_table_says_where_it_comes_from_and_is_shown_whole(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT / "nbs")
+    table = recorded_table(name)
+    note = provenance(name)
+    assert {"device", "torch", "date", "commit"} <= note.keys()
+    assert " ".join(capsys.readouterr().out.split()) == ", ".join(note.values())
+    shown = table._repr_markdown_().splitlines()
+    assert len(shown) == len(table.rows) + 2 and len({line.count("|") for line in shown}) == 1
+
+
+@pytest.mark.parametrize("name", RECORDS)
 def test_every_record_is_complete_and_says_where_it_comes_from(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "nbs")
     runs = recorded(name)
-    note = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    note = provenance(name)
     assert {"device", "torch", "date", "commit", "seeds"} <= note.keys()
+    settings = note.pop("settings")
     assert " ".join(capsys.readouterr().out.split()) == ", ".join(note.values())
+    assert runs.keys() == settings.keys()
     for curves in runs.values():
-        assert len(curves) == 5
+        assert len(curves) == RECORDS[name].seeds
         for steps, scores in curves:
             assert (np.diff(steps) > 0).all() and np.isfinite(scores).all()
 

@@ -10,6 +10,7 @@ from po_book.rollout import (
     CategoricalPolicy,
     DeterministicPolicy,
     GaussianPolicy,
+    Normalizer,
     QPolicy,
     Stepper,
     TensorStepper,
@@ -565,3 +566,45 @@ def test_a_recorded_step_is_an_eager_step():
         graph.replay()
         torch.testing.assert_close(obs, eager.step(actions)[0], rtol=0, atol=1e-6)
     assert not torch.equal(obs, before)
+
+
+@pytest.mark.parametrize("cuts", [[50], [1, 2, 3], [10, 10, 90], []])
+def test_the_normalizer_has_the_moments_of_all_it_saw(cuts):
+    obs = torch.randn(100, 3, generator=generator()) * torch.tensor([1.0, 1e-3, 1e4]) + 5
+    normalizer = Normalizer(3)
+    for part in obs.tensor_split(cuts):
+        normalizer.update(part)
+    torch.testing.assert_close(normalizer.mean, obs.double().mean(0))
+    torch.testing.assert_close(normalizer.variance, obs.double().var(0, correction=0))
+    out = normalizer(obs)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.std(0, correction=0)[[0, 2]], torch.ones(2), atol=1e-3, rtol=0)
+
+
+def test_a_new_normalizer_changes_outliers_only_and_an_empty_batch_nothing():
+    normalizer, obs = Normalizer(2), torch.tensor([[3.0, -1e6]])
+    normalizer.update(torch.empty(0, 2))
+    torch.testing.assert_close(normalizer(obs), torch.tensor([[3.0, -10.0]]))
+
+
+def test_a_normalizer_is_part_of_actor_and_critic_and_no_parameter():
+    env = gym.make_vec("CartPole-v1")
+    plain, scaled = (make_policy(env, generator=generator(), normalize_obs=on) for on in (False, True))
+    scaled.normalizer.update(torch.randn(50, 4, generator=generator()) + 3)
+    obs = torch.randn(7, 4, generator=generator())
+    torch.testing.assert_close(scaled.actor(obs), plain.actor(scaled.normalizer(obs)))
+    torch.testing.assert_close(scaled.value(obs), plain.value(scaled.normalizer(obs)))
+    assert len(list(scaled.parameters())) == len(list(plain.parameters()))
+    assert len(scaled.actor_parameters()) == 6
+
+
+def test_a_vector_is_scored_in_rounds_of_whole_episodes():
+    "Three environments, eight episodes; the environments stay open."
+    env = gym.make_vec("CartPole-v1", num_envs=3)
+    policy = make_policy(env, generator=generator())
+    returns = evaluate(policy, env, 8)
+    assert returns.shape == (8,) and not env.closed
+    assert torch.equal(returns[:3], evaluate(policy, env, 3))
+    assert not torch.equal(returns[:3], returns[3:6])
+    assert torch.equal(returns, evaluate(policy, env, 8))

@@ -1,16 +1,20 @@
+import re
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import po_book.train
-from po_book.rollout import collect, make_deterministic_policy, make_q_policy
+from po_book.rollout import collect, make_deterministic_policy, make_policy, make_q_policy
 from po_book.train import (
     ALGORITHMS,
     A2CConfig,
     Config,
     DDPGConfig,
     DQNConfig,
+    Diverged,
     PPOConfig,
     ReinforceConfig,
     TRPOConfig,
@@ -18,6 +22,8 @@ from po_book.train import (
     critic_batch,
     ddpg_loss,
     dqn_loss,
+    find_device,
+    flatten_parameters,
     train,
     trpo_iteration,
 )
@@ -34,8 +40,8 @@ SMALL = {
 
 
 def quick(algorithm: str, **kwargs):
-    env_id = "Pendulum-v1" if algorithm == "ddpg" else "CartPole-v1"
-    kwargs = {"env_id": env_id, "config": SMALL[algorithm], "progress": False} | kwargs
+    env = "Pendulum-v1" if algorithm == "ddpg" else "CartPole-v1"
+    kwargs = {"env": env, "config": SMALL[algorithm], "progress": False} | kwargs
     return train(algorithm, **kwargs)
 
 
@@ -56,8 +62,6 @@ def test_same_seed_same_run(algorithm):
 @pytest.mark.parametrize("algorithm", SMALL)
 def test_a_score_does_not_change_the_run(algorithm):
     "Evaluation has random numbers and environments of its own."
-    from dataclasses import replace
-
     plain = quick(algorithm)
     scored = quick(algorithm, config=replace(SMALL[algorithm], eval_every=500, eval_episodes=5))
     assert len(scored.curve("score")[0]) >= 2 and not plain.curve("score")[0]
@@ -94,7 +98,7 @@ def test_a2c_learns_cartpole():
 
 def test_training_on_tensors_learns_too():
     config = PPOConfig(total_steps=40_000, eval_every=2_000, solved_at=200)
-    run = quick("ppo", env_id="po_book/CartPole-v1", config=config)
+    run = quick("ppo", env="po_book/CartPole-v1", config=config)
     assert run.log[-1]["score"] >= 200
 
 
@@ -159,7 +163,7 @@ def test_continuous_actions(algorithm, target):
         "a2c": A2CConfig(total_steps=80_000, hidden=(32,)),
         "reinforce": ReinforceConfig(total_steps=30_000, n_envs=64, hidden=(32,)),
     }[algorithm]
-    run = quick(algorithm, env_id=target, config=config)
+    run = quick(algorithm, env=target, config=config)
     # Untrained, three steps cost about 3 (1 + 1/3) = 4.
     assert run.log[0]["return"] < -3 and run.evaluate().mean() > -1.2
 
@@ -250,7 +254,7 @@ def test_ddpg_loss_trains_each_network_for_its_own_end():
 
 def test_the_copy_follows_and_the_memory_holds_transitions_only():
     config = SMALL["dqn"]
-    learner = _learner("CartPole-v1", 0, torch.device("cpu"), config, make_q_policy)
+    learner = _learner("CartPole-v1", 0, torch.device("cpu"), config)
     start = [x.clone() for x in learner.target.parameters()]
     seen = 0
     for _ in range(6):
@@ -265,7 +269,7 @@ def test_the_copy_follows_and_the_memory_holds_transitions_only():
 
 def test_exploration_falls_to_its_floor():
     config = DQNConfig(exploration=0.5, epsilon=0.1, memory=10_000, learning_starts=10_000)
-    learner = _learner("CartPole-v1", 0, torch.device("cpu"), config, make_q_policy)
+    learner = _learner("CartPole-v1", 0, torch.device("cpu"), config)
     seen = []
     for remaining in 1.0, 0.75, 0.5, 0.0:
         ALGORITHMS["dqn"].iteration(learner, config, remaining)
@@ -276,8 +280,8 @@ def test_exploration_falls_to_its_floor():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"algorithm": "dqn", "env_id": "Pendulum-v1"}, "action space must be Discrete"),
-        ({"algorithm": "ddpg", "env_id": "CartPole-v1"}, "action space must be a Box"),
+        ({"algorithm": "dqn", "env": "Pendulum-v1"}, "action space must be Discrete"),
+        ({"algorithm": "ddpg", "env": "CartPole-v1"}, "action space must be a Box"),
         ({"algorithm": "pqo"}, "algorithm must be one of .*'ppo'.* got 'pqo'"),
         ({"algorithm": "ppo", "config": ReinforceConfig()}, "must be a PPOConfig, got ReinforceConfig"),
         ({"algorithm": "ppo", "config": Config()}, "must be a PPOConfig, got Config"),
@@ -285,7 +289,7 @@ def test_exploration_falls_to_its_floor():
 )
 def test_bad_calls(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        train(**{"env_id": "CartPole-v1", "progress": False} | kwargs)
+        train(**{"env": "CartPole-v1", "progress": False} | kwargs)
 
 
 def test_an_unknown_environment():
@@ -326,6 +330,129 @@ def test_bad_settings(settings, message):
 def test_bad_settings_of_other_methods(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+def test_flat_parameters_are_the_parameters():
+    "Two steps of the flat Adam are two steps of the ordinary one, gradient bound included."
+    policies = [make_policy(vector("CartPole-v1"), (8,), torch.Generator().manual_seed(0)) for _ in range(2)]
+    weights = flatten_parameters(policies[0])
+    optimizers = [torch.optim.Adam(p) for p in ([weights], policies[1].parameters())]
+    obs = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        for policy, optimizer in zip(policies, optimizers):
+            optimizer.zero_grad(set_to_none=False)
+            (policy.value(obs).sum() + policy.actor(obs).square().sum()).backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
+            optimizer.step()
+    for a, b in zip(*(policy.parameters() for policy in policies)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    assert len(weights) == sum(p.numel() for p in policies[0].parameters())
+
+
+class Bandit(gym.Env):
+    "Ten steps; action 1 is right. From the thirtieth step on things may go wrong."
+
+    action_space = gym.spaces.Discrete(2)
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+    def __init__(self, scale=1.0, observation=None, reward=None, raises_at=None):
+        self.scale, self.observation, self.reward, self.raises_at = scale, observation, reward, raises_at
+        self.total = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.total += 1
+        if self.total == self.raises_at:
+            raise ConnectionError("the simulator is gone")
+        late = self.total >= 30
+        observed = self.observation if late and self.observation else self.np_random.normal()
+        reward = self.reward if late and self.reward else float(action)
+        obs = np.array([self.scale * observed, self.steps], np.float32)
+        return obs, reward, self.steps == 10, False, {}
+
+
+def test_a_function_that_makes_an_environment():
+    config = PPOConfig(total_steps=20_000, n_envs=8, eval_every=1_000, eval_episodes=20, solved_at=9.0)
+    assert quick("ppo", env=Bandit, config=config).log[-1]["score"] >= 9.0
+
+
+def test_a_vector_environment_is_used_as_it_is_and_left_open():
+    vector_env = gym.make_vec("CartPole-v1", num_envs=3)
+    run = quick("ppo", env=vector_env)
+    assert run.config.n_envs == 3 and run.env is vector_env and not vector_env.closed
+    by_id = quick("ppo", config=replace(SMALL["ppo"], n_envs=3))
+    assert all(map(torch.equal, run.policy.parameters(), by_id.policy.parameters()))
+    assert run.evaluate(7).shape == (7,)
+    with pytest.raises(ValueError, match="scores need fresh environments"):
+        quick("ppo", env=vector_env, config=replace(SMALL["ppo"], eval_every=100))
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo", "trpo"])
+def test_observations_are_normalised_where_asked(algorithm):
+    "A scale of a thousand makes no difference then, once two rollouts are seen."
+    config = replace(SMALL[algorithm], normalize_obs=True, total_steps=4000)
+    run = quick(algorithm, env=lambda: Bandit(scale=1000.0), config=config)
+    normalizer = run.policy.normalizer
+    assert normalizer.count == run.steps
+    assert normalizer.variance[0].sqrt() == pytest.approx(1000, rel=0.2)
+    seen = normalizer(torch.tensor([[1000.0, 0.0], [-1000.0, 0.0]]))[:, 0]
+    assert seen.tolist() == pytest.approx([1.0, -1.0], abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"observation": np.nan}, "observation of environment [0-3] is not finite: .*nan"),
+        ({"observation": np.inf}, "observation of environment [0-3] is not finite: .*inf"),
+        ({"reward": np.nan}, "reward of environment [0-3] is not finite: nan"),
+    ],
+)
+def test_numbers_that_are_not_finite_name_the_environment(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        quick("ppo", env=lambda: Bandit(**settings), config=SMALL["ppo"])
+    assert caught.value.__notes__ == ["ppo stopped after 0 transitions"]
+
+
+def test_an_environment_that_raises_says_when():
+    with pytest.raises(ConnectionError, match="gone") as caught:
+        quick("ppo", env=lambda: Bandit(raises_at=100), config=SMALL["ppo"])
+    # Environment 0 counts its own steps, and every eleventh row of a rollout is a restart.
+    assert 300 < int(re.fullmatch(r"ppo stopped after (\d+) transitions", *caught.value.__notes__)[1]) < 400
+
+
+def test_a_run_that_diverges_stops():
+    config = replace(SMALL["ppo"], lr=1e38, max_grad_norm=1e38)
+    with pytest.raises((Diverged, ValueError)) as caught:
+        quick("ppo", config=config)
+    assert "ppo stopped after" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "warp", "meta2"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"device {device} is not there, use cpu or auto"):
+        quick("ppo", device=device)
+
+
+def test_auto_finds_a_device():
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("env", [Bandit(), None, 3])
+def test_what_is_no_environment(env):
+    with pytest.raises(ValueError, match="env must be an id, a function .* or a VectorEnv, got"):
+        quick("ppo", env=env)
+
+
+def test_spaces_that_are_not_supported():
+    with pytest.raises(ValueError, match="observation space must be a Box.*FlattenObservation"):
+        quick("ppo", env="FrozenLake-v1")
+    flat = lambda: gym.wrappers.FlattenObservation(gym.make("FrozenLake-v1"))  # noqa: E731
+    assert quick("ppo", env=flat, config=replace(SMALL["ppo"], total_steps=200)).steps >= 200
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

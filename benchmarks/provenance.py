@@ -1,0 +1,43 @@
+"Tables of results, and where, when and with what they were made."
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+
+import gymnasium
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def provenance() -> dict[str, str]:
+    "Where, when and with what; `dirty` marks a commit that was changed since."
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    cpu = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else cpu,
+        "python": f"Python {platform.python_version()}",
+        "torch": f"torch {torch.__version__}",
+        "gymnasium": f"gymnasium {gymnasium.__version__}",
+        "date": date.today().isoformat(),
+        "commit": f"commit {commit.strip()}",
+    }
+
+
+def record(name: str, columns: list[str], rows: Iterable[list], **more: object) -> None:
+    "Write results/NAME.csv, and results/NAME.json with the provenance and `more`."
+    folder = ROOT / "results"
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+    note = json.dumps(provenance() | more, indent=2)
+    (folder / f"{name}.json").write_text(note + "\n", encoding="utf-8")
