@@ -22,6 +22,7 @@ setup(
     project_urls={"Book": f"https://{settings['user']}.github.io/{settings['repo']}"},
     packages=["po_book"],
     python_requires=f">={settings['min_python']}",
+    entry_points={"console_scripts": ["po-book = po_book.cli:main"]},
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
 )

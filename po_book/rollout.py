@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Policy', 'TENSOR_ENVS', 'Env', 'mlp', 'Normalizer', 'ActorCritic', 'CategoricalPolicy', 'GaussianPolicy', 'QPolicy',
-           'DeterministicPolicy', 'make_policy', 'make_q_policy', 'make_deterministic_policy', 'Rollout', 'Stepper',
-           'cartpole_motion', 'CartPole', 'TensorStepper', 'make_vector_env', 'make_stepper', 'collect',
-           'collect_episodes', 'evaluate']
+           'DeterministicPolicy', 'make_policy', 'make_q_policy', 'make_deterministic_policy', 'Rollout',
+           'episode_returns', 'Stepper', 'cartpole_motion', 'CartPole', 'TensorStepper', 'make_vector_env',
+           'make_stepper', 'collect', 'collect_episodes', 'evaluate']
 
 # %% ../nbs/08_rollout.ipynb #8806abbc
 import math
@@ -308,6 +308,22 @@ class Rollout:
         "True where the next row belongs to another episode."
         return self.terminated | self.truncated
 
+# %% ../nbs/08_rollout.ipynb #44c240ed
+def episode_returns(
+    rollout: Rollout,
+    so_far: Float64[Tensor, "N"],  # earned in earlier rollouts by what still runs
+) -> tuple[Float64[Tensor, "K"], Float64[Tensor, "N"]]:
+    "Undiscounted return of every episode that ended, row by row, and the next `so_far`."
+    sums = so_far + (rollout.rewards * rollout.valid).double().cumsum(0)
+    ends = rollout.done & rollout.valid
+    rows = torch.arange(len(ends), device=ends.device)[:, None]
+    latest = torch.where(ends, rows, -1).cummax(0).values
+    # A row of zeros in front stands for the start, before any end.
+    sums = torch.cat([torch.zeros_like(sums[:1]), sums])
+    paid = sums.gather(0, latest + 1)
+    before = torch.cat([torch.zeros_like(paid[:1]), paid[:-1]])
+    return (sums[1:] - before)[ends], sums[-1] - paid[-1]
+
 # %% ../nbs/08_rollout.ipynb #64f3e9bd
 def _to_tensor(obs: np.ndarray, device: torch.device) -> Float[Tensor, "N D"]:
     "A copy of all observations as one float32 matrix on `device`."
@@ -333,8 +349,7 @@ def _check_finite(what: str, rows: np.ndarray) -> None:
 class Stepper:
     """A vector environment that hands out true transitions, however it restarts.
 
-    `obs` is what the policy acts on next; `finished` collects the undiscounted return
-    of every episode that ended.
+    `obs` is what the policy acts on next.
 
     Raises: `ValueError` if observations are no Box, and if a reward or an observation
     to act on is NaN or infinite.
@@ -350,7 +365,6 @@ class Stepper:
         self.env, self.device = env, torch.device(device)
         # Environments written for gymnasium 1.0 do not say; it had no other mode.
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
-        self.finished: list[float] = []
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
@@ -359,8 +373,6 @@ class Stepper:
         _check_finite("observation", obs)
         self.obs = _to_tensor(obs, self.device)
         self.restarting = np.zeros(self.env.num_envs, dtype=bool)
-        self.returns = np.zeros(self.env.num_envs)
-
     def step(self, actions: Tensor) -> tuple[Tensor, *tuple[np.ndarray, ...]]:
         "Next observations, rewards, terminated, truncated and valid, of all N."
         valid = ~self.restarting
@@ -371,7 +383,6 @@ class Stepper:
         _check_finite("observation", obs)
         _check_finite("reward", rewards)
         done = terminated | truncated
-        self._add_up(rewards * valid, done)
         next_obs = self.obs = _to_tensor(obs, self.device)
         if self.mode == AutoresetMode.NEXT_STEP:
             self.restarting = done
@@ -390,12 +401,6 @@ class Stepper:
         final = _to_tensor(np.stack(info["final_obs"][done]), self.device)
         next_obs[torch.from_numpy(done)] = final
         return next_obs
-
-    def _add_up(self, rewards: np.ndarray, done: np.ndarray) -> None:
-        self.returns += rewards
-        if done.any():
-            self.finished.extend(self.returns[done].tolist())
-            self.returns[done] = 0
 
 # %% ../nbs/08_rollout.ipynb #06a976e1
 def cartpole_motion(
@@ -482,33 +487,17 @@ class TensorStepper:
 
     def __init__(self, env: VectorEnv, seed: int | None = None):
         self.env = env
-        self.fetched: list[float] = []
-        self.pending: list[tuple[Tensor, Tensor]] = []  # (returns, done), a step each
+        self.valid = torch.ones(env.num_envs, dtype=torch.bool, device=env.state.device)
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> None:
         "Start a new episode everywhere."
         self.obs, _ = self.env.reset(seed=seed)
-        self.returns = torch.zeros_like(self.obs[:, 0])
-        self.valid = torch.ones_like(self.returns, dtype=torch.bool)
 
     def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         "Next observations, rewards, terminated, truncated and valid, of all N."
         self.obs, rewards, terminated, truncated, info = self.env.step(actions)
-        done = terminated | truncated
-        self.returns += rewards
-        self.pending.append((self.returns.clone(), done))
-        self.returns.masked_fill_(done, 0)
         return info["final_obs"], rewards, terminated, truncated, self.valid
-
-    @property
-    def finished(self) -> list[float]:
-        "Undiscounted return of every episode that ended."
-        if self.pending:
-            returns, done = map(torch.stack, zip(*self.pending))
-            self.fetched += returns[done].tolist()
-            self.pending.clear()
-        return self.fetched
 
 # %% ../nbs/08_rollout.ipynb #ac13cba7
 TENSOR_ENVS: dict[str, type[VectorEnv]] = {"po_book/CartPole-v1": CartPole}

@@ -12,6 +12,7 @@ __all__ = ['ALGORITHMS', 'PRESETS', 'Config', 'Run', 'flatten_parameters', 'Lear
 # %% ../nbs/09_cartpole.ipynb #172b3f9e
 import csv
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,7 +24,7 @@ from warnings import warn
 
 import torch
 from gymnasium.vector import VectorEnv
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.nn.functional import mse_loss
@@ -49,6 +50,7 @@ from po_book.rollout import (
     TensorStepper,
     collect,
     collect_episodes,
+    episode_returns,
     evaluate,
     make_deterministic_policy,
     make_policy,
@@ -153,6 +155,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
     stepper: Stepper | TensorStepper
     generator: torch.Generator  # of actions and minibatches, on the policy's device
+    so_far: Float64[Tensor, "N"]  # earned in episodes that still run
+    latest: deque[float]          # returns of the latest hundred that ended
     target: Policy | None = None  # slow copy of the policy, for methods with a memory
     replay: Replay | None = None  # that memory
 
@@ -636,7 +640,9 @@ def _learner(env: Env, seed: int, device: torch.device, config: Config) -> Learn
     weights = flatten_parameters(policy.to(device))
     optimizer = torch.optim.Adam([weights], config.lr, eps=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(seed)
-    learner = Learner(policy, weights, optimizer, stepper, generator)
+    so_far = torch.zeros(stepper.env.num_envs, dtype=torch.float64, device=device)
+    parts = policy, weights, optimizer, stepper, generator, so_far, deque(maxlen=100)
+    learner = Learner(*parts)
     if isinstance(config, MemoryConfig):
         learner.target = deepcopy(policy).requires_grad_(False)
         learner.replay = Replay(config.memory)
@@ -670,8 +676,10 @@ def _advance(run: Run, learner: Learner) -> None:
     if isinstance(normalizer, Normalizer):
         normalizer.update(rollout.obs[rollout.valid])
     row = {"steps": before + int(rollout.valid.sum()), "seconds": seconds}
-    if latest := learner.stepper.finished[-100:]:
-        row["return"] = sum(latest) / len(latest)
+    ended, learner.so_far = episode_returns(rollout, learner.so_far)
+    learner.latest.extend(ended.tolist())
+    if learner.latest:
+        row["return"] = sum(learner.latest) / len(learner.latest)
     row |= metrics
     if _crossed(config.eval_every, before, row["steps"]):
         fresh = config.eval_episodes, _fresh_seed(run, row["steps"])
@@ -708,6 +716,7 @@ def _restore(run: Run, learner: Learner, state: dict) -> None:
         restore(getattr(learner, name), part)
     if "stepper" not in state:
         learner.stepper.reset(_fresh_seed(run, run.steps))
+        learner.so_far.zero_()
 
 # %% ../nbs/09_cartpole.ipynb #03e88209
 def _save(run: Run, learner: Learner, out: Path) -> None:

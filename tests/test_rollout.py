@@ -17,6 +17,7 @@ from po_book.rollout import (
     cartpole_motion,
     collect,
     collect_episodes,
+    episode_returns,
     evaluate,
     make_deterministic_policy,
     make_policy,
@@ -81,16 +82,28 @@ def test_rows_are_true_transitions_in_every_mode(policy, mode, truncates):
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_finished_returns_are_sums_of_rewards(policy, mode):
-    stepper = Stepper(vector(mode, n=1), seed=0)
-    table = collect(policy, stepper, 40, generator())
-    returns, total = [], 0.0
-    for reward, done in zip(table.rewards[:, 0].tolist(), table.done[:, 0].tolist()):
-        total += reward
-        if done:
-            returns.append(total)
-            total = 0.0
-    assert stepper.finished == returns
+def test_returns_are_sums_of_rewards_wherever_rollouts_end(policy, mode):
+    "Cut into rollouts of 40, 1 and 60 rows, or in one piece; an episode of its own, or many."
+    stepper = Stepper(vector(mode), seed=0)
+    by_hand, total, so_far = [], torch.zeros(3), torch.zeros(3).double()
+    for steps in 40, 1, 60:
+        table, ended = collect(policy, stepper, steps, generator(steps)), []
+        for rewards, done in zip(table.rewards, table.done):
+            total += rewards
+            ended += total[done].tolist()
+            total[done] = 0
+        returns, so_far = episode_returns(table, so_far)
+        assert returns.tolist() == ended
+        torch.testing.assert_close(so_far, total.double())
+        by_hand += ended
+    assert len(by_hand) > 30
+
+
+def test_returns_of_whole_episodes_carry_nothing_over(policy):
+    table = collect_episodes(policy, Stepper(vector(AutoresetMode.NEXT_STEP)), generator(), seed=0)
+    returns, so_far = episode_returns(table, torch.zeros(3).double())
+    assert sorted(returns.tolist()) == sorted((table.rewards * table.valid).sum(0).tolist())
+    assert not so_far.any()
 
 
 def test_an_environment_that_reuses_its_arrays_does_not_change_the_past(policy):
@@ -339,8 +352,7 @@ def test_ten_thousand_random_steps_are_gymnasiums(n, steps):
     assert (ours[:, :4] - theirs[:, :4]).abs().max() < 1e-6
     assert torch.equal(ours[:, 4:], theirs[:, 4:])
     assert (ours[:, 4] == 1).all() and not ours[:, 6].any()
-    assert len(stepper.finished) == ours[:, 5].sum() > 300
-    assert sum(stepper.finished) <= n * steps
+    assert ours[:, 5].sum() > 300
 
 
 def test_a_balanced_pole_is_truncated_after_exactly_500_steps():
@@ -348,8 +360,7 @@ def test_a_balanced_pole_is_truncated_after_exactly_500_steps():
     assert (ours[:, :4] - theirs[:, :4]).abs().max() < 1e-6
     assert torch.equal(ours[:, 4:], theirs[:, 4:])
     assert not ours[:, 5].any()
-    assert ours[:, 6].nonzero()[:, 0].unique().tolist() == [499, 999]
-    assert stepper.finished == [500.0] * 6
+    assert ours[:, 6].nonzero()[:, 0].tolist() == [499] * 3 + [999] * 3
 
 
 @pytest.mark.parametrize("side", [-1, 1])
@@ -431,7 +442,6 @@ def test_tensors_and_arrays_give_the_same_kind_of_rollout():
         stepper = make_stepper(env_id, 3, seed=0)
         policy = make_policy(stepper.env, generator=generator())
         tables.append(collect(policy, stepper, 60, generator()))
-        assert stepper.finished and min(stepper.finished) > 5
         stepper.env.close()
     a, b = ({k: (v.shape, v.dtype) for k, v in vars(x).items()} for x in tables)
     assert a == b
@@ -443,21 +453,6 @@ def test_tensors_and_arrays_give_the_same_kind_of_rollout():
         cartpole_motion(table.obs.flatten(0, 1), table.actions.flatten()),
         table.next_obs.flatten(0, 1),
     )
-
-
-def test_finished_returns_of_tensors_are_sums_of_rewards_whenever_they_are_read():
-    stepper = make_stepper(CARTPOLE, 4, seed=0)
-    policy = make_policy(stepper.env, generator=generator())
-    returns, total, read = [], torch.zeros(4), []
-    for steps in 40, 1, 60:
-        table = collect(policy, stepper, steps, generator())
-        for rewards, done in zip(table.rewards, table.done):
-            total += rewards
-            returns += total[done].tolist()
-            total[done] = 0
-        read.append(list(stepper.finished))
-        assert read[-1] == returns == stepper.finished
-    assert 0 < len(read[0]) < len(read[2])
 
 
 def test_one_episode_of_each_cartpole_and_its_score():
@@ -487,13 +482,13 @@ class NothingIsRead(TorchDispatchMode):
 def test_a_step_reads_nothing_and_stays_in_its_memory():
     stepper = make_stepper(CARTPOLE, 5, seed=0)
     env, actions = stepper.env, torch.ones(5, dtype=torch.long)
-    places = [x.data_ptr() for x in (env.state, env.steps, stepper.returns)]
+    places = [x.data_ptr() for x in (env.state, env.steps)]
     with NothingIsRead():
         rows = [stepper.step(actions) for _ in range(30)]
         with pytest.raises(AssertionError, match="local_scalar"):
             stepper.obs[0, 0].item()
     assert torch.stack([row[2] for row in rows]).any()
-    assert places == [x.data_ptr() for x in (env.state, env.steps, stepper.returns)]
+    assert places == [x.data_ptr() for x in (env.state, env.steps)]
 
 
 def test_bad_input_to_cartpole():
@@ -516,7 +511,7 @@ def test_cartpole_takes_any_integers_and_ignores_the_default_dtype(kind):
         next_obs, rewards, *_ = stepper.step(torch.tensor([0, 1]).to(kind))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {x.dtype for x in (next_obs, rewards, stepper.obs, stepper.returns)} == {torch.float32}
+    assert {x.dtype for x in (next_obs, rewards, stepper.obs)} == {torch.float32}
     expected = make_stepper(CARTPOLE, 2, seed=0).step(torch.tensor([0, 1]))[0]
     assert torch.equal(next_obs, expected)
 
@@ -543,7 +538,7 @@ def test_cartpole_on_a_gpu():
         torch.testing.assert_close(cartpole_motion(obs, action), next_obs, rtol=0, atol=1e-5)
         assert torch.equal(terminated, (next_obs.abs() > torch.tensor(CartPole.limits)).any(-1))
         assert not truncated.any() and (rewards == 1).all()
-    assert len(stepper.finished) == sum(int(row[3].sum()) for row in rows) > 64
+    assert sum(int(row[3].sum()) for row in rows) > 64
     policy = make_policy(stepper.env, generator=generator()).cuda()
     assert collect(policy, stepper, 5, torch.Generator("cuda")).obs.is_cuda
     assert evaluate(policy, CARTPOLE, 20).shape == (20,)
