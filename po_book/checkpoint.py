@@ -300,7 +300,8 @@ class _Tensor(_Kind, name="tensor"):
         data, got = body["data"], live
         if isinstance(live, Tensor):
             same = (live.shape, live.dtype) == (data.shape, data.dtype)
-            if same and 0 not in live.stride():  # an expanded tensor cannot be written to
+            # An expanded tensor has strides of 0 and cannot be written to.
+            if same and 0 not in live.stride():
                 with torch.no_grad():
                     return live.copy_(data)
             got = f"a tensor {list(live.shape)} of {live.dtype}"
@@ -481,7 +482,7 @@ class _Object(_Kind, name="object"):
     families = (object,)
 
     def parts(self, x: Any) -> dict[str, Any]:
-        "Attributes of `x`, and the spaces that the class of an environment holds for it."
+        "Attributes of `x`, and the spaces that an environment's class holds for it."
         if not isinstance(x, gym.Env | VectorEnv):
             return vars(x)
         held = [vars(cls).items() for cls in reversed(type(x).__mro__)]
