@@ -125,7 +125,9 @@ class AdaptiveKL:
 
 # %% ../nbs/07_ppo.ipynb #6991f457
 def _check_clip(low: float, high: float, dual: float | None) -> None:
-    "Refuse bounds that make no band around one."
+    "Refuse bounds that make no band around one; tensors are not looked at."
+    if torch.is_tensor(low) or torch.is_tensor(high):
+        return  # on a GPU to look would be to wait
     if not 0 <= low < 1:
         raise ValueError(f"clip_low must be in [0, 1), got {low}")
     if not high >= 0:
@@ -138,14 +140,15 @@ def clipped_surrogate(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$
     advantages: Float[Tensor, "*shape"],  # $\hat A$, a constant
-    clip_low: float = 0.2,                # $\epsilon_{low}$, in [0, 1)
-    clip_high: float | None = None,       # $\epsilon_{high}$; None takes clip_low
+    clip_low: float | Float[Tensor, ""] = 0.2,  # $\epsilon_{low}$, in [0, 1)
+    clip_high: float | Float[Tensor, ""] | None = None,  # $\epsilon_{high}$; None: both
     dual_clip: float | None = None,       # largest ratio that counts where $\hat A<0$
 ) -> Float[Tensor, "*shape"]:
     """Clipped surrogate {eq}`eq-ppo-clip` of every element, to be maximised.
 
     Raises: `ValueError` if shapes differ, if data carry a gradient, and unless
-    0 <= `clip_low` < 1, 0 <= `clip_high` and 1 + `clip_high` < `dual_clip`.
+    0 <= `clip_low` < 1, 0 <= `clip_high` and 1 + `clip_high` < `dual_clip` (bounds that
+    are tensors are not checked).
     Source: Schulman et al. 2017, equation 7; Ye et al. 2020 for `dual_clip`.
     """
     clip_high = clip_low if clip_high is None else clip_high
@@ -259,8 +262,8 @@ def ppo_loss(
     values: Float[Tensor, "*shape"],      # $V_\phi(s)$
     returns: Float[Tensor, "*shape"],     # target $G$ of the critic
     *,
-    clip_low: float = 0.2,                # $\epsilon_{low}$
-    clip_high: float | None = None,       # $\epsilon_{high}$; None takes clip_low
+    clip_low: float | Float[Tensor, ""] = 0.2,  # $\epsilon_{low}$
+    clip_high: float | Float[Tensor, ""] | None = None,  # $\epsilon_{high}$; None: both
     dual_clip: float | None = None,       # largest ratio that counts where $\hat A<0$
     value_coef: float = 0.5,              # $c_v$, beside the 1/2 in the value loss
     entropy_coef: float = 0.0,            # $c_{ent}$

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Policy', 'TENSOR_ENVS', 'Env', 'mlp', 'Normalizer', 'ActorCritic', 'CategoricalPolicy', 'GaussianPolicy', 'QPolicy',
            'DeterministicPolicy', 'make_policy', 'make_q_policy', 'make_deterministic_policy', 'Rollout',
-           'episode_returns', 'Stepper', 'cartpole_motion', 'CartPole', 'TensorStepper', 'make_vector_env',
+           'episode_returns', 'Stepper', 'cartpole_motion', 'CartPole', 'TensorStepper', 'Recorded', 'make_vector_env',
            'make_stepper', 'collect', 'collect_episodes', 'evaluate']
 
 # %% ../nbs/08_rollout.ipynb #8806abbc
@@ -116,9 +116,10 @@ class CategoricalPolicy(ActorCritic):
     def act(
         self, obs: Float[Tensor, "N D"], generator: torch.Generator | None = None
     ) -> Tensor:
-        "Sample one action an observation."
-        probs = self.actor(obs).softmax(-1)
-        return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+        "Sample one action an observation, {eq}`eq-categorical-draw`."
+        logits = self.actor(obs)
+        clocks = torch.empty_like(logits).exponential_(generator=generator)
+        return (logits - clocks.log_()).argmax(-1)
 
     def evaluate(
         self, obs: Float[Tensor, "*B D"], actions: Tensor
@@ -313,7 +314,7 @@ def episode_returns(
     rollout: Rollout,
     so_far: Float64[Tensor, "N"],  # earned in earlier rollouts by what still runs
 ) -> tuple[Float64[Tensor, "K"], Float64[Tensor, "N"]]:
-    "Undiscounted return of every episode that ended, row by row, and the next `so_far`."
+    "Undiscounted returns of episodes that ended, row by row, and the next `so_far`."
     sums = so_far + (rollout.rewards * rollout.valid).double().cumsum(0)
     ends = rollout.done & rollout.valid
     rows = torch.arange(len(ends), device=ends.device)[:, None]
@@ -498,6 +499,51 @@ class TensorStepper:
         "Next observations, rewards, terminated, truncated and valid, of all N."
         self.obs, rewards, terminated, truncated, info = self.env.step(actions)
         return info["final_obs"], rewards, terminated, truncated, self.valid
+
+# %% ../nbs/08_rollout.ipynb #37d04f95
+class Recorded:
+    """A function of tensors, replayed as one CUDA graph from its second call on.
+
+    The first call is an ordinary one, in which libraries prepare themselves. After that
+    Python code is not run again: the function must not read numbers, and shapes must
+    stay. What it changes in place, it changes at every replay.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., dict[str, Tensor]],  # keyword arguments, all tensors
+        generators: list[torch.Generator],           # that it draws from, on the device
+    ):
+        self.function, self.generators = function, generators
+        self.warm, self.graph = False, None
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        if not self.warm:
+            return self._warm_up(inputs)
+        if self.graph is None:
+            self._record(inputs)
+        for name, x in inputs.items():
+            self.inputs[name].copy_(x)
+        self.graph.replay()
+        return {name: x.clone() for name, x in self.outputs.items()}
+
+    def _warm_up(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Not on the default stream, whose work a recording could not wait for.
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            outputs = self.function(**inputs)
+        current.wait_stream(stream)
+        self.warm = True
+        return outputs
+
+    def _record(self, inputs: dict[str, Tensor]) -> None:
+        self.inputs = {name: x.clone() for name, x in inputs.items()}
+        self.graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.function(**self.inputs)
 
 # %% ../nbs/08_rollout.ipynb #ac13cba7
 TENSOR_ENVS: dict[str, type[VectorEnv]] = {"po_book/CartPole-v1": CartPole}

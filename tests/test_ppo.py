@@ -522,3 +522,17 @@ def test_shapes_never_broadcast(call, name):
 def test_kl_penalty_refuses_beta(beta):
     with pytest.raises(ValueError, match="^beta "):
         kl_penalty(torch.zeros(2), torch.zeros(2), torch.zeros(2), beta)
+
+
+def test_bounds_may_be_tensors():
+    "Values and gradients are those of numbers; 0.25 and 0.5 are exact in float32."
+    draw = torch.Generator().manual_seed(0)
+    old, noise, advantages = torch.randn(3, 50, generator=draw)
+    results = []
+    for bounds in (0.25, 0.5), torch.tensor([0.25, 0.5]).unbind():
+        logp = (old + noise).requires_grad_()
+        loss, metrics = ppo_loss(logp, old, advantages, advantages, logp, advantages,
+                                 clip_low=bounds[0], clip_high=bounds[1])
+        loss.backward()
+        results.append(torch.stack([loss, *metrics.values(), *logp.grad]).detach())
+    assert torch.equal(*results)

@@ -491,6 +491,15 @@ def test_a_step_reads_nothing_and_stays_in_its_memory():
     assert places == [x.data_ptr() for x in (env.state, env.steps)]
 
 
+def test_a_rollout_of_tensors_reads_nothing():
+    "So it can be recorded as one graph."
+    stepper = make_stepper(CARTPOLE, 5, seed=0)
+    policy = make_policy(stepper.env, generator=generator())
+    with NothingIsRead():
+        table = collect(policy, stepper, 40, generator())
+    assert table.done.any()
+
+
 def test_bad_input_to_cartpole():
     with pytest.raises(ValueError, match="num_envs must be positive, got 0"):
         CartPole(0)

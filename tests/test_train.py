@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import po_book.train
+from po_book.advantage import normalize
+from po_book.ppo import ppo_loss
 from po_book.rollout import collect, make_deterministic_policy, make_policy, make_q_policy
 from po_book.train import (
     ALGORITHMS,
@@ -453,6 +455,60 @@ def test_spaces_that_are_not_supported():
         quick("ppo", env="FrozenLake-v1")
     flat = lambda: gym.wrappers.FlattenObservation(gym.make("FrozenLake-v1"))  # noqa: E731
     assert quick("ppo", env=flat, config=replace(SMALL["ppo"], total_steps=200)).steps >= 200
+
+
+@pytest.mark.parametrize(
+    "backend, message",
+    [
+        ("fast", "backend must be one of .*'recorded'.*, got 'fast'"),
+        ("recorded", "backend recorded needs environments made of tensors on a GPU"),
+    ],
+)
+def test_a_backend_that_is_not_there(backend, message):
+    with pytest.raises(ValueError, match=message):
+        quick("ppo", env="po_book/CartPole-v1", backend=backend)
+
+
+def test_a_backend_gets_the_same_function_and_numbers_as_tensors(monkeypatch):
+    "A stand-in that only counts: one preparation a shape, and the eager run's weights."
+    prepared = []
+
+    def counting(function, generators):
+        prepared.append(function.__name__)
+        def run(**inputs):
+            assert all(torch.is_tensor(x) for x in inputs.values())
+            return {name: x.clone() for name, x in function(**inputs).items()}
+        return run
+
+    monkeypatch.setitem(po_book.train.BACKENDS, "counting", counting)
+    env = "po_book/CartPole-v1"  # never loses a row, so all minibatches are of one shape
+    runs = [quick("ppo", env=env, backend=backend) for backend in ("eager", "counting")]
+    assert prepared == ["improve"]
+    for a, b in zip(*(run.policy.parameters() for run in runs)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_a_gradient_step_reads_nothing_where_it_would_have_to_wait():
+    "Tensors without data, which refuse to be read, stand for those of a GPU."
+    policy = make_policy(vector("CartPole-v1")).to("meta")
+    obs, row = torch.empty(8, 4, device="meta"), torch.empty(8, device="meta")
+    logp, entropy = policy.evaluate(obs, torch.zeros(8, dtype=torch.long, device="meta"))
+    clip = torch.tensor(0.2, device="meta")
+    loss, _ = ppo_loss(logp, row, normalize(row), entropy, policy.value(obs), row, clip_low=clip)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", ["recorded", "compiled"])
+def test_backends_learn_the_same_on_a_gpu(backend):
+    config = PPOConfig(total_steps=8_000, n_envs=64, n_steps=32)
+    kwargs = {"env": "po_book/CartPole-v1", "device": "cuda", "config": config}
+    eager, other = (quick("ppo", backend=name, **kwargs) for name in ("eager", backend))
+    assert [row["return"] for row in eager.log[:2]] == [row["return"] for row in other.log[:2]]
+    for a, b in zip(eager.policy.parameters(), other.policy.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
