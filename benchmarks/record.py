@@ -9,7 +9,7 @@ and with what it was made. Every row is what `po_book.train.train` logged.
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 import torch
@@ -24,6 +24,7 @@ from po_book.train import (
     PPOConfig,
     ReinforceConfig,
     TRPOConfig,
+    default_config,
     train,
 )
 
@@ -35,6 +36,12 @@ class Record:
     env: str
     seeds: int
     variants: dict[str, Config]
+
+
+def preset(algorithm: str, env: str, **more) -> Record:
+    "The default settings of `env`, five seeds."
+    config = replace(default_config(algorithm, env), **more)
+    return Record(env, 5, {algorithm.upper(): config})
 
 
 METHODS = dict(total_steps=100_000, eval_every=4_000)
@@ -66,6 +73,9 @@ RECORDS = {
         "entropy bonus 0.01": PPOConfig(entropy_coef=0.01, **DETAILS),
         "one environment": PPOConfig(n_envs=1, n_steps=1024, **DETAILS),
     }),
+    "ppo_acrobot": preset("ppo", "Acrobot-v1", eval_every=5_000),
+    "ppo_pendulum": preset("ppo", "Pendulum-v1", eval_every=10_000),
+    "ppo_lunarlander": preset("ppo", "LunarLander-v3", eval_every=50_000),
     "dqn_cartpole": Record("CartPole-v1", 5, {
         "replay and target network": DQNConfig(**DQN),
         "without target network": DQNConfig(tau=1.0, **DQN),

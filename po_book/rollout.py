@@ -655,7 +655,8 @@ def evaluate(
     policy.eval()
     while sum(map(len, returns)) < episodes:
         # Seeded once: the next round goes on with the environments' random numbers.
-        rollout = collect_episodes(policy, stepper, generator, None if returns else seed)
+        first = None if returns else seed
+        rollout = collect_episodes(policy, stepper, generator, first)
         returns.append((rollout.rewards * rollout.valid).sum(0))
     policy.train(training)
     if stepper.env is not env:

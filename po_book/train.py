@@ -637,7 +637,17 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 # %% ../nbs/09_cartpole.ipynb #90603d67
-PRESETS: dict[tuple[str, str], dict] = {}
+PRESETS: dict[tuple[str, str], dict] = {
+    ("ppo", "Acrobot-v1"): dict(total_steps=100_000),
+    # All episodes last 200 steps side by side: a shorter rollout has seen one phase.
+    ("ppo", "Pendulum-v1"): dict(
+        total_steps=150_000, n_steps=200, minibatch=64, gamma=0.95
+    ),
+    ("ppo", "LunarLander-v3"): dict(
+        total_steps=600_000, n_steps=256, lr=2e-3, gamma=0.995, lam=0.98,
+        max_grad_norm=10.0,
+    ),
+}
 
 
 def default_config(algorithm: str, env: Env) -> Config:
