@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,3 +60,15 @@ def test_the_example_of_the_readme_solves_cartpole(python, tmp_path):
 def test_importing_the_package_is_free(python, tmp_path):
     code = "import po_book, sys; assert po_book.__version__; assert 'torch' not in sys.modules"
     run(python, "-c", code, cwd=tmp_path)
+
+
+def test_the_commands_of_the_readme_work(python, tmp_path):
+    "With a shorter training, and without the video, whose drawing is an extra of gymnasium."
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^po-book .*", readme, re.M)]
+    assert [words[1] for words in commands] == ["train", "resume", "evaluate", "plot"]
+    commands[0] += ["--total-steps", "3000"]
+    commands[2] = commands[2][: commands[2].index("--video")]
+    said = [run(python.parent / words[0], *words[1:], cwd=tmp_path).stdout for words in commands]
+    assert "transitions; fresh episodes: mean" in said[0] and said[0] == said[1]
+    assert said[2].startswith("mean ") and (tmp_path / "curves.svg").exists()
