@@ -806,10 +806,12 @@ def _save(run: Run, learner: Learner, out: Path) -> None:
     state = {"log": run.log, "learner": _capture(learner)}
     save_checkpoint(out / "checkpoint.pt", state)
     columns = dict.fromkeys(name for row in run.log for name in row)
-    with open(out / "log.csv", "w", newline="", encoding="utf-8") as file:
+    part = out / "log.csv.part"  # so that no reader finds half a table
+    with open(part, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(run.log)
+    part.replace(out / "log.csv")
 
 # %% ../nbs/09_cartpole.ipynb #a4ec6d05
 @contextmanager
