@@ -48,11 +48,6 @@ METHODS = dict(total_steps=100_000, eval_every=4_000)
 DETAILS = dict(total_steps=50_000, eval_every=2_048)
 DQN = dict(eval_every=2_500)
 DDPG = dict(eval_every=1_000)
-PENDULUM = dict(
-    total_steps=200_000, n_envs=32, n_steps=128, gamma=0.9, lam=0.95, epochs=10,
-    max_kl=0.02, max_grad_norm=100.0, eval_every=10_000,
-)
-
 RECORDS = {
     "cartpole_methods": Record("CartPole-v1", 10, {
         "REINFORCE": ReinforceConfig(**METHODS),
@@ -87,7 +82,10 @@ RECORDS = {
         "noise 0.01": DDPGConfig(sigma=0.01, **DDPG),
     }),
     "trpo_pendulum": Record("Pendulum-v1", 5, {
-        "TRPO": TRPOConfig(**PENDULUM),
+        f"rollouts of {n} steps": replace(
+            default_config("trpo", "Pendulum-v1"), n_steps=n, eval_every=1
+        )
+        for n in (200, 128)
     }),
 }
 

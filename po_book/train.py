@@ -643,6 +643,10 @@ PRESETS: dict[tuple[str, str], dict] = {
     ("ppo", "Pendulum-v1"): dict(
         total_steps=150_000, n_steps=200, minibatch=64, gamma=0.95
     ),
+    ("trpo", "Pendulum-v1"): dict(
+        total_steps=200_000, n_envs=32, n_steps=200, epochs=10, gamma=0.95, lam=0.95,
+        max_grad_norm=100.0, max_kl=0.02,
+    ),
     ("ppo", "LunarLander-v3"): dict(
         total_steps=600_000, n_steps=256, lr=2e-3, gamma=0.995, lam=0.98,
         max_grad_norm=10.0,
