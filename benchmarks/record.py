@@ -71,7 +71,7 @@ RECORDS = {
     "ppo_acrobot": preset("ppo", "Acrobot-v1", eval_every=5_000),
     "ppo_pendulum": preset("ppo", "Pendulum-v1", eval_every=10_000),
     "ppo_lunarlander": preset("ppo", "LunarLander-v3", eval_every=50_000),
-    "dqn_cartpole": Record("CartPole-v1", 5, {
+    "dqn_cartpole": Record("CartPole-v1", 10, {
         "replay and target network": DQNConfig(**DQN),
         "without target network": DQNConfig(tau=1.0, **DQN),
         "without replay": DQNConfig(memory=256, learning_starts=256, **DQN),

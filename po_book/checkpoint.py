@@ -11,14 +11,14 @@ import logging
 import os
 import random
 import re
-import weakref
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from pickle import PicklingError, UnpicklingError
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
+from weakref import ref
 
 import gymnasium as gym
 import numpy as np
@@ -32,165 +32,153 @@ class NotCapturable(ValueError):
     "What a checkpoint cannot hold; the message says where it is and what it is."
 
 # %% ../nbs/08_checkpoint.ipynb #3ea8d0e7
-def _where(path: str) -> str:
-    "`path` as a reader would write it."
-    return path.removeprefix(".") or "this"
+_PLAIN = {type(None), bool, int, float, str, bytes}
+_CODE = (
+    type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, Enum, ref,
+    partial, np.ufunc, np.dtype, torch.dtype, torch.device, logging.Logger,
+)
+_MAKE = {t: t for t in (dict, OrderedDict, set, list, tuple, Tensor, torch.Generator)}
+_MAKE |= {t: t for t in np.sctypeDict.values()}  # all types of NumPy's scalars
+_MAKE |= {np.ndarray: lambda: np.empty(0), np.random.Generator: np.random.default_rng}
+_KNOWN = {*_MAKE, deque, random.Random, nn.Parameter}
 
 
-def _refuse(x: Any, path: str, why: str = "") -> NoReturn:
-    "Raise `NotCapturable` about `x`, which was reached by `path`."
-    kind = type(x).__name__
-    article = "an" if kind[0] in "AEIOaeiou" else "a"
-    what = f"{_where(path)} is {article} {kind}{why}"
-    raise NotCapturable(f"{what}, which cannot be captured")
-
-
-def _foreign(live: Any, want: str, path: str) -> NoReturn:
-    "Raise `ValueError` because the checkpoint has `want` where `live` stands."
-    got = live if isinstance(live, str) else type(live).__name__
-    raise ValueError(f"{_where(path)} is {got} here, but {want} in the checkpoint")
-
-
-def _name(x: Any) -> str:
-    "Full name of a class, a function or a module; any other constant in print."
-    if isinstance(x, partial):
-        return _name(x.func)
-    if isinstance(x, ModuleType):
-        return x.__name__
-    name = getattr(x, "__qualname__", None)
-    return f"{x.__module__}.{name}" if name else str(x)
+def _is_plain(x: Any) -> bool:
+    "True for what a file can hold and nobody can change."
+    return type(x) in _PLAIN or type(x) is tuple and all(map(_is_plain, x))
 
 # %% ../nbs/08_checkpoint.ipynb #749cb8a8
-class _Kind:
-    "How things of some types become plain data and come back; subclasses are kept."
+def _is_open(x: Any) -> bool:
+    "True if all that `x` holds is in `vars(x)`."
+    cls = type(x)
+    slots = any(vars(base).get("__slots__") for base in cls.__mro__)
+    larger = cls.__basicsize__ > nn.Module.__basicsize__ or cls.__itemsize__
+    owner = hasattr(x, "__del__") and not isinstance(x, gym.Env | VectorEnv)
+    return hasattr(x, "__dict__") and not (slots or larger or owner)
 
-    types: tuple[type, ...] = ()     # exactly these
-    families: tuple[type, ...] = ()  # these and all that are derived from them
-    identity = True  # two references to one thing stay two references to one
+# %% ../nbs/08_checkpoint.ipynb #25a2d40d
+def _parts(x: Any) -> Any:
+    "What `x` holds. Raises: `TypeError` if that is not all."
+    if not (type(x) in _KNOWN or isinstance(x, _CODE) or _is_open(x)):
+        raise TypeError
+    if type(x) is Tensor and x.requires_grad:
+        raise TypeError("it needs a gradient and is no nn.Parameter")
+    match x:
+        case Tensor():
+            return x.detach().clone()
+        case np.ndarray() | np.generic():  # strides decide the order of sums
+            return torch.from_numpy(np.array(x, order="K"))
+        case list() | tuple() | deque():
+            return dict(enumerate(x))
+        case dict():
+            return dict(x)
+        case set():
+            return dict.fromkeys(x)
+        case torch.Generator():
+            return x.get_state()
+        case random.Random():
+            return x.getstate()
+        case np.random.Generator():
+            if x.bit_generator.seed_seq.n_children_spawned:  # cannot be set
+                raise TypeError("it has spawned others")
+            return x.bit_generator.state
+        case torch.optim.Optimizer():
+            return x.state_dict()
+        case Enum():
+            return {"value": x.value}
+        case _ if isinstance(x, _CODE):
+            of = getattr(x, "__self__", None)
+            if isinstance(of, np.ndarray):
+                raise TypeError("it belongs to an array, which will be replaced")
+            return {"of": of}
+    fixed = EnvSpec | np.ndarray if isinstance(x, gym.Space) else EnvSpec
+    return {name: y for name, y in vars(x).items() if not isinstance(y, fixed)}
 
-    kinds: dict[str, "_Kind"] = {}
-    exact: dict[type, str] = {}
-    derived: dict[type, str] = {}
+# %% ../nbs/08_checkpoint.ipynb #c9930d19
+def _fill(x: Any, parts: Any) -> Any:
+    "`x` with these parts, or something new if it cannot change."
+    match x:
+        case Tensor():
+            if (x.shape, x.dtype) != (parts.shape, parts.dtype):
+                return parts.clone()
+            with torch.no_grad():
+                x.copy_(parts)
+        case np.ndarray():
+            return parts.numpy().copy("K")
+        case np.generic():
+            return parts.numpy()[()]
+        case tuple():
+            return tuple(parts.values())
+        case list() | deque():
+            x.clear()
+            x.extend(parts.values())
+        case dict() | set():
+            x.clear()
+            x.update(parts)
+        case torch.Generator():
+            x.set_state(parts)
+        case random.Random():
+            x.setstate(parts)
+        case np.random.Generator():
+            x.bit_generator.state = parts
+        case torch.optim.Optimizer():
+            x.load_state_dict(parts)
+        case Enum():
+            return type(x)(parts["value"])
+        case _ if not isinstance(x, _CODE):
+            for name in _parts(x).keys() - parts.keys():
+                del vars(x)[name]
+            vars(x).update(parts)
+    return x
 
-    def __init_subclass__(cls, name: str):
-        cls.kinds[name] = cls()
-        cls.exact |= dict.fromkeys(cls.types, name)
-        cls.derived |= dict.fromkeys(cls.families, name)
+# %% ../nbs/08_checkpoint.ipynb #3d09cc9b
+def _label(x: Any) -> str:
+    "What must be the same in the checkpoint and in the thing that is restored."
+    if isinstance(x, nn.Parameter):
+        return f"a parameter {list(x.shape)} of {x.dtype}"
+    if isinstance(x, gym.Space):
+        return str(x)
+    cls = x if hasattr(x, "__qualname__") else type(x)
+    return f"{cls.__module__}.{cls.__qualname__}"
 
-    def take(self, x: Any, path: str, walk: "_Capture") -> dict:
-        "Plain data."
-        raise NotImplementedError
-
-    def make(self, live: Any, body: dict, path: str, walk: "_Restore") -> Any:
-        "`live` if it can hold what was captured, otherwise something new."
-        raise NotImplementedError
-
-    def fill(self, made: Any, body: dict, path: str, walk: "_Restore") -> None:
-        "Put into `made` what may lead back to it."
-
-# %% ../nbs/08_checkpoint.ipynb #1824f617
-_PLAIN = {type(None), bool, int, float, str, bytes}
-
-
-class _Capture:
-    "One walk through everything that can be reached."
-
-    def __init__(self):
-        # Things are kept beside their numbers: an id is unique only while they live.
-        self.seen: dict[int, tuple[int, Any]] = {}
-        self.memory: list[tuple[int, int, Any, str, dict]] = []  # from, to, of what
-
-    def take(self, x: Any, path: str) -> Any:
-        "Plain data for `x`."
-        if type(x) in _PLAIN:
-            return x
-        if id(x) in self.seen:
-            return {"kind": "same", "number": self.seen[id(x)][0]}
-        names = map(_Kind.derived.get, type(x).__mro__)
-        name = _Kind.exact.get(type(x)) or next(filter(None, names), None)
-        if name is None:
-            _refuse(x, path)
-        kind = _Kind.kinds[name]
-        if kind.identity:
-            self.seen[id(x)] = len(self.seen), x
-        body = kind.take(x, path, self)
-        body["kind"] = name
-        return body
-
-    def take_all(self, items: Any, path: str) -> list:
-        "Plain data for each of `items`."
-        return [self.take(x, f"{path}[{i}]") for i, x in enumerate(items)]
-
-    def note_memory(self, x, start: int, strides, size: int, path: str, body: dict):
-        "Remember which addresses `x` covers; `strides` and `size` are in bytes."
-        reach = [(n - 1) * stride for n, stride in zip(x.shape, strides)]
-        low, high = sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach)
-        if 0 not in x.shape:
-            span = start + low, start + high + size
-            self.memory.append((*span, x, path, body))
-
-# %% ../nbs/08_checkpoint.ipynb #3ca1e8fd
-class _Restore:
-    "The same walk, the other way."
-
-    def __init__(self):
-        self.made: list[Any] = []
-        self.claimed: set[int] = set()
-
-    def put(self, live: Any, state: Any, path: str) -> Any:
-        "What `state` describes: `live`, changed in place, or something new."
-        if type(state) in _PLAIN:
-            return state
-        if state["kind"] == "same":
-            return self.made[state["number"]]
-        kind = _Kind.kinds[state["kind"]]
-        if not kind.identity:
-            return kind.make(live, state, path, self)
-        number = len(self.made)
-        self.made.append(None)
-        # One live thing cannot hold the states of two.
-        live = None if id(live) in self.claimed else live
-        made = self.made[number] = kind.make(live, state, path, self)
-        self.claimed.add(id(made))
-        kind.fill(made, state, path, self)
-        return made
-
-    def put_all(self, live: Any, items: list, path: str) -> list:
-        "What each of `items` describes; `live` may be shorter."
-        live = [*live, *[None] * len(items)]
-        pairs = enumerate(zip(live, items))
-        return [self.put(x, state, f"{path}[{i}]") for i, (x, state) in pairs]
-
-# %% ../nbs/08_checkpoint.ipynb #49e22d68
-def _check_memory(memory: list[tuple[int, int, Any, str, dict]]) -> None:
-    "Refuse arrays, and pin tensors, that overlap with another array or tensor."
-    far = (0, 0, None, "", {})  # the one that reaches farthest so far
-    for here in sorted(memory, key=lambda entry: entry[:2]):
-        if here[0] < far[1]:
-            for (_, _, x, path, body), other in (here, far[3]), (far, here[3]):
-                if isinstance(x, np.ndarray):
-                    _refuse(x, path, f" that shares memory with {_where(other)}")
-                body["in_place"] = True
-        far = max(here, far, key=lambda entry: entry[1])
-
-# %% ../nbs/08_checkpoint.ipynb #313f82ee
+# %% ../nbs/08_checkpoint.ipynb #86318346
 def capture(
     x: Any,  # an object, or a container of all that the next number depends on
 ) -> Any:
     """A copy of all that `x` holds, as plain data for `save_checkpoint`.
 
-    The state of an instance is its attributes. Code is not captured, nor what belongs
-    to it: closures, attributes of classes, globals. Gradients are not captured either;
-    capture between two updates.
+    Code is not captured, nor what belongs to it: closures, attributes of classes,
+    globals. Gradients are not captured either; capture between two updates.
 
     Raises: `NotCapturable` if something cannot be captured.
     """
-    walk = _Capture()
-    state = walk.take(x, "")
-    _check_memory(walk.memory)
-    return state
+    met, numbers, owners = [], {}, {}
 
-# %% ../nbs/08_checkpoint.ipynb #b234abf9
+    def take(x: Any, path: str) -> Any:
+        if _is_plain(x):
+            return x
+        if id(x) in numbers and type(x) is not tuple:
+            return {"same": numbers[id(x)]}
+        numbers[id(x)] = len(met)
+        met.append(x)  # an id is unique only while the thing lives
+        try:
+            parts = _parts(x)
+            if isinstance(x, np.ndarray):
+                owner = x if x.base is None else x.base
+                if owners.setdefault(id(owner), x) is not x:
+                    raise TypeError("it shares memory with another")
+            if isinstance(parts, dict) and not all(map(_is_plain, parts)):
+                raise TypeError("its keys or members are not plain data")
+        except (AttributeError, TypeError, ValueError) as error:
+            what = f"{path} is a {type(x).__name__}" + (str(error) and f" ({error})")
+            raise NotCapturable(f"{what}, which cannot be captured") from error
+        if isinstance(parts, dict):
+            parts = {key: take(part, f"{path}.{key}") for key, part in parts.items()}
+        return {"is": _label(x), "parts": parts}
+
+    return take(x, "x")
+
+# %% ../nbs/08_checkpoint.ipynb #4e43924c
 def restore(
     x: Any,      # built, and if it is an environment reset, as what was captured
     state: Any,  # what `capture` returned
@@ -201,365 +189,44 @@ def restore(
 
     Raises: `ValueError` if `x` cannot hold the state.
     """
-    return _Restore().put(x, state, "")
-
-# %% ../nbs/08_checkpoint.ipynb #effe7b99
-class _Tuple(_Kind, name="tuple"):
-    types, identity = (tuple,), False
-
-    def take(self, x, path, walk):
-        return {"items": walk.take_all(x, path)}
-
-    def make(self, live, body, path, walk):
-        live = live if type(live) is tuple else ()
-        return tuple(walk.put_all(live, body["items"], path))
-
-# %% ../nbs/08_checkpoint.ipynb #62e1ed57
-class _List(_Kind, name="list"):
-    types = list, deque
-
-    def take(self, x, path, walk):
-        limit = x.maxlen if type(x) is deque else None
-        body = {"class": type(x).__name__, "limit": limit}
-        return body | {"items": walk.take_all(x, path)}
-
-    def make(self, live, body, path, walk):
-        limit = getattr(live, "maxlen", None)
-        if (type(live).__name__, limit) == (body["class"], body["limit"]):
-            return live
-        return [] if body["class"] == "list" else deque(maxlen=body["limit"])
-
-    def fill(self, made, body, path, walk):
-        items = walk.put_all(made, body["items"], path)
-        made.clear()
-        made.extend(items)
-
-# %% ../nbs/08_checkpoint.ipynb #fbaa53c3
-def _check_key(x: Any, path: str) -> None:
-    "Refuse what is not made of plain data, and so could not be found again."
-    if type(x) is tuple:
-        for y in x:
-            _check_key(y, path)
-    elif type(x) not in _PLAIN and not isinstance(x, np.generic):
-        _refuse(x, path, " used as a key")
-
-
-class _Set(_Kind, name="set"):
-    types = set, frozenset
-
-    def take(self, x, path, walk):
-        for y in x:
-            _check_key(y, path)
-        return {"frozen": type(x) is frozenset, "items": walk.take_all(x, path)}
-
-    def make(self, live, body, path, walk):
-        items = walk.put_all((), body["items"], path)
-        return frozenset(items) if body["frozen"] else set(items)
-
-# %% ../nbs/08_checkpoint.ipynb #88d8f6e7
-class _Dict(_Kind, name="dict"):
-    types = dict, OrderedDict, Counter, defaultdict
-
-    def take(self, x, path, walk):
-        items = []
-        for key, value in x.items():
-            here = f"{path}[{key!r}]"
-            _check_key(key, here)
-            items.append([walk.take(key, here), walk.take(value, here)])
-        return {"class": type(x).__name__, "items": items}
-
-    def make(self, live, body, path, walk):
-        if type(live).__name__ == body["class"]:
-            return live
-        if body["class"] == "defaultdict":  # its function cannot be made
-            _foreign(live, "defaultdict", path)
-        return next(c() for c in self.types if c.__name__ == body["class"])
-
-    def fill(self, made, body, path, walk):
-        old = dict(made)
-        made.clear()
-        for key, state in body["items"]:
-            key = walk.put(None, key, path)
-            made[key] = walk.put(old.get(key), state, f"{path}[{key!r}]")
-
-# %% ../nbs/08_checkpoint.ipynb #a4b900d6
-class _Tensor(_Kind, name="tensor"):
-    types = Tensor, nn.Parameter
-
-    def take(self, x, path, walk):
-        if x.grad_fn is not None:
-            _refuse(x, path, " inside a graph of gradients")
-        keeps = x.requires_grad or isinstance(x, nn.Parameter)
-        body = {"data": x.detach().clone(), "in_place": keeps}
-        size = x.element_size()
-        strides = [size * n for n in x.stride()]
-        walk.note_memory(x, x.data_ptr(), strides, size, path, body)
-        return body
-
-    def make(self, live, body, path, walk):
-        data, got = body["data"], live
-        if isinstance(live, Tensor):
-            same = (live.shape, live.dtype) == (data.shape, data.dtype)
-            # An expanded tensor has strides of 0 and cannot be written to.
-            if same and 0 not in live.stride():
-                with torch.no_grad():
-                    return live.copy_(data)
-            got = f"a tensor {list(live.shape)} of {live.dtype}"
-        if body["in_place"]:
-            _foreign(got, f"a tensor {list(data.shape)} of {data.dtype}", path)
-        return data.clone()
-
-# %% ../nbs/08_checkpoint.ipynb #e120c325
-class _Array(_Kind, name="array"):
-    types = (np.ndarray,)
-
-    def take(self, x, path, walk):
-        if x.dtype.kind in "OV":
-            _refuse(x, path, f" of {x.dtype}")
-        order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
-        rows = np.array(x.transpose(order), order="C")
-        body = {"dtype": x.dtype.str, "shape": list(rows.shape), "order": order}
-        body["data"] = torch.from_numpy(rows.reshape(-1).view(np.uint8))
-        start = x.__array_interface__["data"][0]
-        walk.note_memory(x, start, x.strides, x.itemsize, path, body)
-        return body
-
-    def make(self, live, body, path, walk):
-        rows = body["data"].numpy().view(body["dtype"]).reshape(body["shape"])
-        axes = np.argsort(body["order"]).astype(int)
-        return rows.transpose(axes).copy(order="K")
-
-
-class _Scalar(_Kind, name="scalar"):
-    families, identity = (np.generic,), False
-
-    def take(self, x, path, walk):
-        if x.dtype.kind in "OV":
-            _refuse(x, path)
-        return {"dtype": x.dtype.str, "data": x.tobytes()}
-
-    def make(self, live, body, path, walk):
-        return np.frombuffer(body["data"], body["dtype"])[0]
-
-# %% ../nbs/08_checkpoint.ipynb #c5f220e1
-class _TorchGenerator(_Kind, name="torch generator"):
-    types = (torch.Generator,)
-
-    def take(self, x, path, walk):
-        return {"device": str(x.device), "state": x.get_state()}
-
-    def make(self, live, body, path, walk):
-        if type(live) is not torch.Generator:
-            return torch.Generator(body["device"])
-        if str(live.device) != body["device"]:
-            want = f"a generator on {body['device']}"
-            _foreign(f"a generator on {live.device}", want, path)
-        return live
-
-    def fill(self, made, body, path, walk):
-        made.set_state(body["state"])
-
-
-class _PythonRandom(_Kind, name="python random"):
-    types = (random.Random,)
-
-    def take(self, x, path, walk):
-        return {"state": walk.take(x.getstate(), path)}
-
-    def make(self, live, body, path, walk):
-        return live if type(live) is random.Random else random.Random()
-
-    def fill(self, made, body, path, walk):
-        made.setstate(walk.put(None, body["state"], path))
-
-# %% ../nbs/08_checkpoint.ipynb #1cf88749
-_BITS = {
-    name: getattr(np.random, name)
-    for name in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
-}
-
-
-class _NumpyGenerator(_Kind, name="numpy generator"):
-    types = (np.random.Generator,)
-
-    def take(self, x, path, walk):
-        bits = x.bit_generator
-        seeds, name = bits.seed_seq, type(bits).__name__
-        if name not in _BITS or not isinstance(seeds, np.random.SeedSequence):
-            _refuse(bits, path)
-        # What it spawns next depends on the seeds, what it draws on the state.
-        body = {"class": name, "seeds": walk.take(seeds.state, path)}
-        return body | {"state": walk.take(bits.state, path)}
-
-    def make(self, live, body, path, walk):
-        seeds = walk.put(None, body["seeds"], path)
-        if type(live) is np.random.Generator:
-            bits = live.bit_generator
-            same = str(getattr(bits.seed_seq, "state", None)) == str(seeds)
-            if same and type(bits).__name__ == body["class"]:
-                return live
-        seeds = np.random.SeedSequence(**seeds)
-        return np.random.Generator(_BITS[body["class"]](seeds))
-
-    def fill(self, made, body, path, walk):
-        made.bit_generator.state = walk.put(None, body["state"], path)
-
-# %% ../nbs/08_checkpoint.ipynb #f8bff0b1
-class _Code(_Kind, name="code"):
-    types = FunctionType, partial, torch.device, torch.dtype, torch.Size
-    families = type, ModuleType, np.ufunc, np.dtype, logging.Logger
-    identity = False
-
-    def take(self, x, path, walk):
-        return {"name": _name(x)}
-
-    def make(self, live, body, path, walk):
-        if _name(live) != body["name"]:
-            _foreign(_name(live), body["name"], path)
-        return live
-
-
-class _Spec(_Kind, name="spec"):
-    families, identity = (EnvSpec,), False
-
-    def take(self, x, path, walk):
-        return {}  # how an environment is made; wrappers look it up when asked
-
-    def make(self, live, body, path, walk):
-        return live
-
-# %% ../nbs/08_checkpoint.ipynb #1d32ff6c
-class _Reference(_Kind, name="reference"):
-    types, identity = (MethodType, BuiltinFunctionType, weakref.ref), False
-
-    @staticmethod
-    def parts(x: Any) -> tuple[str, Any]:
-        "Which reference it is, and what it leads to."
-        if type(x) is weakref.ref:
-            return "weakref", x()
-        return getattr(x, "__qualname__", ""), getattr(x, "__self__", None)
-
-    def take(self, x, path, walk):
-        name, to = self.parts(x)
-        return {"name": name, "to": walk.take(to, path)}
-
-    def make(self, live, body, path, walk):
-        name, to = self.parts(live)
-        if name != body["name"] or walk.put(to, body["to"], path) is not to:
-            _foreign(live, f"a reference {body['name']}", path)
-        return live
-
-# %% ../nbs/08_checkpoint.ipynb #feb65db7
-class _Enum(_Kind, name="enum"):
-    families, identity = (Enum,), False
-
-    def take(self, x, path, walk):
-        if type(x.value) not in _PLAIN:
-            _refuse(x, path)
-        return {"class": _name(type(x)), "value": x.value}
-
-    def make(self, live, body, path, walk):
-        if _name(type(live)) != body["class"]:
-            _foreign(live, body["class"], path)
-        return type(live)(body["value"])
-
-# %% ../nbs/08_checkpoint.ipynb #cf36eaba
-class _Empty:
-    "An object whose state is its attributes."
-
-
-def _is_open(x: Any) -> bool:
-    "True if all that `x` holds is in `vars(x)`."
-    cls = type(x)
-    slots = any(vars(base).get("__slots__") for base in cls.__mro__)
-    larger = cls.__basicsize__ > _Empty.__basicsize__ or cls.__itemsize__
-    if not hasattr(x, "__dict__") or slots or larger:
-        return False
-    return not hasattr(x, "__del__") or isinstance(x, gym.Env | VectorEnv)
-
-# %% ../nbs/08_checkpoint.ipynb #581f6ba2
-class _Object(_Kind, name="object"):
-    families = (object,)
-
-    def parts(self, x: Any) -> dict[str, Any]:
-        "Attributes of `x`, and the spaces that an environment's class holds for it."
-        if not isinstance(x, gym.Env | VectorEnv):
-            return vars(x)
-        held = [vars(cls).items() for cls in reversed(type(x).__mro__)]
-        spaces = {k: v for pairs in held for k, v in pairs if isinstance(v, gym.Space)}
-        return spaces | vars(x)
-
-    def take(self, x, path, walk):
-        if not _is_open(x):
-            _refuse(x, path)
-        parts = self.parts(x).items()
-        parts = {name: walk.take(y, f"{path}.{name}") for name, y in parts}
-        return {"class": _name(type(x)), "parts": parts}
-
-    def make(self, live, body, path, walk):
-        if _name(type(live)) != body["class"]:
-            _foreign(live, body["class"], path)
-        return live
-
-    def fill(self, made, body, path, walk):
-        old = dict(self.parts(made))
-        for name in old.keys() - body["parts"].keys():
-            del vars(made)[name]
-        for name, state in body["parts"].items():
-            part = walk.put(old.get(name), state, f"{path}.{name}")
-            if name not in old or part is not old[name]:
-                vars(made)[name] = part
-
-# %% ../nbs/08_checkpoint.ipynb #558f1899
-class _Space(_Object, name="space"):
-    families = (gym.Space,)
-
-    def parts(self, x):
-        return {k: v for k, v in vars(x).items() if type(v) is not np.ndarray}
-
-    def take(self, x, path, walk):
-        return {"space": str(x)} | super().take(x, path, walk)
-
-    def make(self, live, body, path, walk):
-        if isinstance(live, gym.Space) and str(live) != body["space"]:
-            _foreign(str(live), body["space"], path)
-        return super().make(live, body, path, walk)
-
-
-class _Optimizer(_Object, name="optimizer"):
-    families = (torch.optim.Optimizer,)
-
-    def parts(self, x):
-        held = {"state", "param_groups"}
-        return {k: v for k, v in vars(x).items() if k not in held}
-
-    def take(self, x, path, walk):
-        body = super().take(x, path, walk)
-        return body | {"numbered": walk.take(x.state_dict(), path)}
-
-    def fill(self, made, body, path, walk):
-        super().fill(made, body, path, walk)
-        made.load_state_dict(walk.put(None, body["numbered"], path))
+    make, made, used = {_label(cls): _MAKE[cls] for cls in _MAKE}, [], {}
+
+    def put(x: Any, state: Any, path: str) -> Any:
+        if _is_plain(state):
+            return state
+        if "same" in state:
+            return made[state["same"]]
+        got, want, parts = _label(x), state["is"], state["parts"]
+        # One thing cannot hold the states of two.
+        taken = id(x) in used and not isinstance(x, (tuple, *_CODE))
+        if taken or got != want:
+            if want not in make:
+                raise ValueError(f"{path} is {got} here, but {want} in the checkpoint")
+            x = make[want]()
+        used[id(x)], number = x, len(made)
+        made.append(x)
+        if isinstance(parts, dict):
+            old = _parts(x)
+            parts = {k: put(old.get(k), y, f"{path}.{k}") for k, y in parts.items()}
+        made[number] = _fill(x, parts)
+        return made[number]
+
+    return put(x, state, "x")
 
 # %% ../nbs/08_checkpoint.ipynb #ad5fcdf1
 VERSION = 1
 _HEADER = re.compile(rb"po_book checkpoint (\d+) ([0-9a-f]{64})\n")
 
 
-def _header(digest: str) -> bytes:
-    "First line of a file whose other bytes have this checksum."
-    return f"po_book checkpoint {VERSION} {digest}\n".encode()
-
-
 def _write(file: BinaryIO, state: Any) -> None:
-    "Header and state, on the disk."
-    file.write(_header("0" * 64))
-    start = file.tell()
+    "State and, in front of it, the header with its checksum, on the disk."
+    header = f"po_book checkpoint {VERSION} %s\n"
+    start = file.seek(len(header % ("0" * 64)))
     torch.save(state, file)
     file.seek(start)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0)
-    file.write(_header(digest))
+    file.write((header % digest).encode())
     file.flush()
     os.fsync(file.fileno())
 

@@ -6,11 +6,8 @@ import random
 import subprocess
 import sys
 import threading
-import weakref
-from collections import Counter, OrderedDict, defaultdict, deque
-from copy import deepcopy
-from dataclasses import dataclass
-from enum import Enum, Flag, IntEnum
+from collections import OrderedDict, deque
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -18,37 +15,23 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import wrappers
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import (
-    FrameStackObservation,
-    NormalizeObservation,
-    NormalizeReward,
-    RecordEpisodeStatistics,
-    TimeLimit,
-)
-from gymnasium.wrappers import vector as vector_wrappers
 from torch import nn
 
 from po_book import checkpoint
-from po_book.checkpoint import (
-    NotCapturable,
-    capture,
-    load_checkpoint,
-    restore,
-    save_checkpoint,
-)
-from po_book.rollout import make_policy, make_q_policy, make_stepper
+from po_book.checkpoint import NotCapturable, capture, load_checkpoint, restore, save_checkpoint
+from po_book.rollout import collect, make_q_policy, make_stepper
+from po_book.train import flatten_parameters
 from po_book.value_based import Replay
-
-CLASSIC = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCar-v0"]
 
 
 @pytest.fixture
 def through_file(tmp_path):
     "A captured state on its way through a file."
 
-    def way(state):
-        save_checkpoint(tmp_path / "a.ckpt", state)
+    def way(x):
+        save_checkpoint(tmp_path / "a.ckpt", capture(x))
         return load_checkpoint(tmp_path / "a.ckpt")
 
     return way
@@ -58,190 +41,84 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def same(a, b) -> bool:
-    "Equal in type, in contents and in every bit."
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        a, b = (torch.stack([x.detach().flatten()]) for x in (a, b))
-        a, b = (x.view(torch.uint8).numpy() for x in (a, b))
-    if isinstance(a, np.ndarray | np.generic):
-        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
-    if isinstance(a, float):
-        return a.hex() == b.hex() and math.copysign(1, a) == math.copysign(1, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple | deque):
-        pairs = len(a) == len(b) and all(map(same, a, b))
-        return pairs and getattr(a, "maxlen", 0) == getattr(b, "maxlen", 0)
-    return a == b
+def bits(x):
+    "A value in which two things differ if any bit of them does."
+    if isinstance(x, np.ndarray | np.generic):
+        return type(x), x.dtype, x.shape, x.strides, x.tobytes()
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.shape, bytes(x.contiguous().flatten().view(torch.uint8))
+    if isinstance(x, list | tuple | deque):
+        return type(x), *map(bits, x)
+    if isinstance(x, dict):
+        return type(x), *((key, bits(y)) for key, y in x.items())
+    return type(x), x.hex() if isinstance(x, float) else x
 
 
-# Plain data
+# Plain data, tensors and arrays
 
 
-def leaf(rng: random.Random):
-    shape = tuple(rng.randrange(4) for _ in range(rng.randrange(4)))
-    dtypes = "f4", "f8", "i8", "u1", "?", "c16", "<U3", "M8[s]", ">f4", "f2"
-    array = np.frombuffer(rng.randbytes(16 * math.prod(shape)), np.uint8)
-    array = (array % 100).astype("i4")[: math.prod(shape)].reshape(shape)
-    leaves = [
-        None,
-        rng.random() < 0.5,
-        rng.getrandbits(130) - 2**129,
-        rng.choice([rng.gauss(0, 1), -0.0, math.inf, math.nan, 5e-324]),
-        rng.choice(["", "é\n", "\ud800"]),
-        rng.randbytes(5),
-        array.astype(rng.choice(dtypes)),
-        np.float32(rng.random()),
-        np.int64(rng.getrandbits(60)),
-        np.bool_(True),
-        np.str_("ab"),
-        torch.from_numpy(array.copy()).to(rng.choice([torch.bfloat16, torch.int64])),
-    ]
-    return rng.choice(leaves)
+def values(n: float) -> dict:
+    "Every kind of value, different for different numbers."
+    return {
+        "plain": [None, n > 1, int(n) << 200, -0.0 * n, math.inf, "é\n", b"\0c", n],
+        "nested": {1: (n, [n, {"a": ()}]), (2, "b"): deque([n], maxlen=3), None: {n, "s"}},
+        "ordered": OrderedDict(b=n, a=[n]),
+        "scalars": [np.float32(n / 3), np.int64(n), np.bool_(n > 1), np.complex64(n * 1j)],
+        "arrays": [np.full((0, 3), n), np.array(n), np.arange(int(24 * n), dtype="u1")],
+        "strided": [np.random.rand(2, 3, 4).transpose(2, 0, 1), np.ones((3, 4), order="F")],
+        "tensors": [torch.full((2,), n).bfloat16(), torch.tensor(int(n)), torch.ones(0)],
+    }
 
 
-def nested(rng: random.Random, depth: int):
-    if depth == 0 or rng.random() < 0.2:
-        return leaf(rng)
-    items = [nested(rng, depth - 1) for _ in range(rng.randrange(4))]
-    keys = ["a", 1, None, (2, "b"), 0.5, b"c", np.int64(7)][: len(items)]
-    number = rng.randrange(100)
-    values = [
-        items,
-        tuple(items),
-        deque(items, maxlen=rng.choice([None, 3])),
-        dict(zip(keys, items)),
-        OrderedDict(zip(keys, items)),
-        Counter({"x": number}),
-        {number, "s", (1, None)},
-        frozenset({number}),
-    ]
-    return rng.choice(values)
+def test_data_come_back_bit_for_bit_into_others_and_out_of_nothing(through_file):
+    value, other = values(1.7), values(3.1)
+    state, want = through_file(value), bits(value)
+    assert bits(other) != want == bits(restore(other, state))
+    del value["nested"][2, "b"]  # how long a deque may be is not known without one
+    assert bits(restore(None, through_file(value))) == bits(value)
 
 
-def test_nested_plain_data_come_back_bit_for_bit(through_file):
-    rng = random.Random(0)
-    value = [nested(rng, 4) for _ in range(300)]
-    assert same(restore(None, through_file(capture(value))), value)
-    other = [nested(rng, 4) for _ in range(300)]
-    assert not same(other, value)
-    assert same(restore(other, capture(value)), value)
-
-
-def test_a_captured_state_is_a_copy_and_restoring_leaves_it_alone():
-    value = {"a": [1.0], "t": torch.zeros(2), "n": np.zeros(2)}
-    state = capture(value)
-    for x in value, restore(None, state):
-        x["a"].append(2.0)
-        x["t"] += 1
-        x["n"] += 1
-    want = {"a": [1.0], "t": torch.zeros(2), "n": np.zeros(2)}
-    assert same(restore(None, state), want)
-
-
-def test_containers_and_tensors_are_changed_in_place():
-    live = {"a": [0], "t": torch.zeros(2), "d": deque([1], maxlen=2)}
+def test_containers_and_tensors_are_changed_in_place_and_arrays_are_not():
+    start = np.zeros(2)  # may be a constant of an environment
+    live = {"a": [0], "t": torch.zeros(2), "d": deque([1], maxlen=2), "s": {1}, "n": start}
     kept = dict(live)
-    state = capture({"a": [1, 2], "t": torch.ones(2), "d": deque([3, 4], maxlen=2)})
-    assert restore(live, state) is live
-    assert all(live[name] is kept[name] for name in kept)
-    assert kept["a"] == [1, 2] and kept["t"].tolist() == [1, 1]
-    assert kept["d"] == deque([3, 4])
+    new = {"a": [1], "t": torch.ones(2), "d": deque([3], 2), "s": {5}, "n": start + 1}
+    assert restore(live, capture(new)) is live and bits(live) == bits(new)
+    assert all(live[name] is kept[name] for name in "atds") and start.tolist() == [0, 0]
 
 
-def test_an_array_is_not_written_into_because_it_may_be_a_constant():
-    start = np.zeros(2)
-    live = restore([start], capture([np.ones(2)]))
-    assert live[0].tolist() == [1, 1] and start.tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_an_array_keeps_the_layout_of_its_axes(order):
-    x = np.arange(24.0).reshape(2, 3, 4).transpose(order)
-    y = restore(None, capture(x))
-    assert same(x, y) and x.strides == y.strides
-    assert y.flags.owndata and y.flags.writeable
-
-
-def test_what_was_one_thing_stays_one_thing(through_file):
+def test_what_was_one_thing_stays_one_and_circles_end(through_file):
     row, table, tensor = [1.5], np.ones(2), torch.ones(2)
     value = {"a": row, "b": (row, table), "c": table, "t": [tensor, tensor]}
-    back = restore(None, through_file(capture(value)))
+    row.append(value["b"])
+    back = restore(None, through_file(value))
     assert back["a"] is back["b"][0] and back["c"] is back["b"][1]
-    assert back["t"][0] is back["t"][1]
+    assert back["t"][0] is back["t"][1] and back["a"][1][0] is back["a"]
 
 
 def test_what_was_two_things_becomes_two_even_where_one_thing_stood():
     shared = [torch.zeros(1), [0], np.zeros(1)]
     ours = [[torch.full((1,), n), [n], np.full(1, n)] for n in (1.0, 2.0)]
-    back = restore([shared, shared], capture(ours))
-    assert [x[0].item() for x in back] == [1, 2]
-    assert [x[1] for x in back] == [[1], [2]] and [x[2][0] for x in back] == [1, 2]
+    assert bits(restore([shared, shared], capture(ours))) == bits(ours)
 
 
-def test_circles_end():
-    ring = [1]
-    ring.append({"up": (ring,)})
-    back = restore(None, capture(ring))
-    assert back[1]["up"][0] is back
+# Generators and objects
 
 
-def test_temporary_objects_are_not_taken_for_each_other():
-    # An optimiser's state_dict makes new dictionaries at every call.
-    def make(*rates: int) -> list:
-        return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr) for lr in rates]
+def test_generators_draw_on_in_place_or_where_there_was_none(through_file):
+    def make(seed):
+        return [np.random.default_rng(seed), generator(seed), random.Random(seed)]
 
-    live = restore(make(9, 9, 9), capture(make(1, 2, 3)))
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in live]
-    assert rates == [1, 2, 3]
+    def draw(rngs):
+        numbers = [rngs[0].random(9), torch.randn(5, generator=rngs[1]), rngs[2].gauss()]
+        return bits([*numbers, rngs[0].integers(9, dtype=np.uint32)])
 
-
-# Random generators
-
-
-@pytest.mark.parametrize("bits", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"])
-@pytest.mark.parametrize("live", [None, "same seed", "other"])
-def test_a_numpy_generator_draws_and_spawns_on(through_file, bits, live):
-    kind = getattr(np.random, bits)
-    rng = np.random.Generator(kind(5))
-    rng.integers(10, size=3, dtype=np.uint32)
-    rng.spawn(2)
-    state = through_file(capture(rng))
-    same_seed, other = np.random.Generator(kind(5)), np.random.default_rng(1)
-    back = restore({"same seed": same_seed, "other": other}.get(live), state)
-    assert same(back.random(9), rng.random(9))
-    assert same(back.spawn(1)[0].random(9), rng.spawn(1)[0].random(9))
-
-
-def test_torch_and_python_generators_draw_on_in_place(through_file):
-    ours = [generator(1), random.Random(1)]
-    torch.randn(5, generator=ours[0])
-    ours[1].gauss(0, 1)
-    state = through_file(capture(ours))
-    live = [generator(2), random.Random(2)]
-    kept = list(live)
-    for back in restore(live, state), restore(None, state):
-        draws = [torch.randn(5, generator=back[0]).tolist(), back[1].gauss(0, 1)]
-        want = deepcopy(ours[1]).gauss(0, 1)
-        clone = generator()
-        clone.set_state(ours[0].get_state())
-        assert draws == [torch.randn(5, generator=clone).tolist(), want]
-    assert live[0] is kept[0] and live[1] is kept[1]
-
-
-def test_the_global_generator_can_be_captured():
-    torch.manual_seed(3)
-    state = capture(torch.default_generator)
-    want = torch.rand(4)
-    restore(torch.default_generator, state)
-    assert same(torch.rand(4), want)
-
-
-# Objects
+    ours, live = make(5), make(6)
+    draw(ours)
+    state, want = through_file(ours), draw(ours)
+    restore(list(live), state)
+    assert draw(live) == want
+    assert draw(restore([None, None, live[2]], state)) == want
 
 
 class Color(Enum):
@@ -249,110 +126,71 @@ class Color(Enum):
     BLUE = 2
 
 
-class Level(IntEnum):
-    LOW = 1
-
-
-class Bits(Flag):
-    A = 1
-    B = 2
-
-
-@dataclass(frozen=True)
-class Point:
-    x: float
-    where: Color = Color.RED
-
-
 class Thing:
     def __init__(self, value):
-        self.value = value
-        self.method = self.get
-        self.back = weakref.ref(self)
+        self.value, self.method, self.function = value, self.get, partial(max, 1)
 
     def get(self):
         return self.value
 
 
-def test_attributes_come_back_new_ones_go_and_frozen_ones_too():
-    a, b = Thing([Point(1.5, Color.BLUE), Bits.A | Bits.B, Level.LOW]), Thing(None)
-    b.value = [Point(0.0), Bits.A, Level.LOW]
+def test_attributes_come_back_and_new_ones_go():
+    a, b = Thing([Color.BLUE, Color.RED, Color.RED]), Thing([Color.RED] * 3)
     b.made_later = 1
+    kept = b.function
     restore(b, capture(a))
-    assert b.value == a.value and type(b.value[2]) is Level
+    assert b.get() == b.method() == a.value and b.function is kept
     assert not hasattr(b, "made_later")
-    assert b.get() == b.method() == a.value and b.back() is b
 
 
-def test_members_of_an_enumeration_may_trade_places():
-    x = [Point(0.0, Color.RED), Point(0.0, Color.BLUE)]
-    y = [Point(0.0, Color.BLUE), Point(0.0, Color.RED)]
-    assert restore(y, capture(x)) == x
-
-
-def test_functions_stay_and_are_told_apart_by_name():
-    x = {"f": math.sin, "g": same, "h": partial(same, 1), "i": np.exp, "j": Thing}
-    live = dict(x)
-    assert restore(live, capture(x)) == x
-    for name, other in ("f", math.cos), ("g", leaf), ("i", np.log), ("j", Point):
-        with pytest.raises(ValueError, match=rf"\['{name}'\] is .* in the checkpoint"):
-            restore(x | {name: other}, capture(x))
-
-
-class Slots:
-    __slots__ = ("a", "__dict__")
-
-
-class Deletes:
-    def __del__(self):
-        pass
-
-
-class MyList(list):
-    pass
-
-
-class MyTensor(torch.Tensor):
-    pass
-
-
+parent = np.random.default_rng(0)
+parent.spawn(1)
 UNKNOWN = {
     "lock": threading.Lock(),
-    "Slots": Slots(),
-    "Deletes": Deletes(),
-    "MyList": MyList(),
-    "MyTensor": torch.zeros(1).as_subclass(MyTensor),
+    "Slots": type("Slots", (), {"__slots__": ("a", "__dict__")})(),
+    "Deletes": type("Deletes", (), {"__del__": lambda self: None})(),
+    "MyList": type("MyList", (list,), {})(),
+    "MyTuple": type("MyTuple", (tuple,), {})(),
+    "frozenset": frozenset(),
     "MaskedArray": np.ma.zeros(2),
     "generator": (i for i in range(3)),
-    "range_iterator": iter(range(3)),
     "object": object(),
-    "ndarray of object": np.array([None]),
-    "ndarray of": np.zeros(1, [("a", int)]),
-    "Tensor inside a graph": torch.ones(1, requires_grad=True) * 2,
-    "ValueError": ValueError(),
-    "SystemRandom": random.SystemRandom(),
-    "RandomState": np.random.RandomState(0),
-    "Popen": subprocess.Popen.__new__(subprocess.Popen),
-    "Generator used as a key": {np.random.default_rng(0): 1},
+    r"ndarray \(can't convert": np.array([None]),
+    r"Tensor \(it needs a gradient": torch.ones(1, requires_grad=True) * 2,
+    r"Generator \(it has spawned": parent,
+    r"builtin_function_or_method \(it belongs to an": np.zeros(2).sum,
+    r"set \(its keys or members": {Thing(0)},
+    r"dict \(its keys or members": {Color.RED: 0},
+    "TextIOWrapper": open(os.devnull),
+    "Connection": multiprocessing.Pipe()[0],
 }
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_the_unknown_is_refused_with_its_path(name):
-    run = Thing(1)
-    run.envs = [{"world": UNKNOWN[name]}]
-    match = rf"^envs\[0\]\['world'\].* an? {name}.*captured"
+    run = Thing([{"world": UNKNOWN[name]}])
+    match = rf"^x\.value\.0\.world is a {name}.*, which cannot be captured$"
     with pytest.raises(NotCapturable, match=match):
         capture(run)
     assert issubclass(NotCapturable, ValueError)
 
 
-def test_an_open_file_and_a_pipe_are_refused(tmp_path):
-    with open(tmp_path / "x", "w") as file:
-        with pytest.raises(NotCapturable, match="this is a TextIOWrapper"):
-            capture(file)
-    with pytest.raises(NotCapturable, match=r"\[0\] is a Connection"):
-        capture(multiprocessing.Pipe())
+@pytest.mark.parametrize(
+    "make, what",
+    [
+        (lambda: gym.vector.AsyncVectorEnv([lambda: gym.make("CartPole-v1")]), r"parent_pipes\.0"),
+        (lambda: gym.make_vec("LunarLander-v3", num_envs=2), r"envs\.0\.\S+\.world\.\S+"),
+    ],
+)
+def test_other_processes_and_physics_engines_are_refused_by_name(make, what):
+    try:
+        env = make()
+    except gym.error.DependencyNotInstalled:
+        pytest.skip("needs Box2D")
+    env.reset(seed=0)
+    with pytest.raises(NotCapturable, match=rf"^x\.env\.{what} is a \w+, which"):
+        capture({"env": env})
+    env.close()
 
 
 def test_arrays_that_share_memory_are_refused():
@@ -360,162 +198,102 @@ def test_arrays_that_share_memory_are_refused():
     for views in [x, x[1]], [x[::2], x[1::2]], [x.T, x], [x[::-1], x[:1]]:
         with pytest.raises(NotCapturable, match="shares memory"):
             capture(views)
-    with pytest.raises(NotCapturable, match="is a ndarray that shares memory with"):
-        capture({"t": torch.from_numpy(x), "a": x})
-    assert same(restore(None, capture([x[:2], x[2:]])), [x[:2], x[2:]])
+    assert bits(restore(None, capture([x[1], x + 1]))) == bits([x[1], x + 1])
 
 
-def test_views_of_one_tensor_stay_views():
-    def make(value: float):
-        flat = torch.full((6,), value)
-        return {"first": flat[:4], "flat": flat, "last": flat[4:]}
-
-    live = restore(make(0.0), capture(make(1.0)))
-    live["flat"][0] = 7
-    assert live["first"].tolist() == [7, 1, 1, 1]
-    with pytest.raises(ValueError, match=r"\['first'\] is NoneType here"):
-        restore({}, capture(make(1.0)))
-
-
-def test_an_expanded_tensor_is_replaced():
-    live = [torch.zeros(1).expand(3)]
-    assert restore(live, capture([torch.ones(1).expand(3)]))[0].tolist() == [1, 1, 1]
+LINEAR = nn.Linear(2, 3)
 
 
 @pytest.mark.parametrize(
-    "live, match",
+    "ours, live, match",
     [
-        (nn.Linear(2, 4), r"_parameters\['weight'\] is a tensor \[4, 2\]"),
-        (nn.Tanh(), "this is Tanh here, but torch.nn.modules.linear.Linear in the"),
-        (None, "this is NoneType here, but torch.*Linear in the checkpoint"),
-        (nn.Linear(2, 3, bias=False), r"_parameters\['bias'\] is NoneType here"),
-        (nn.Linear(2, 3, dtype=torch.float64), "of torch.float64 here"),
+        (LINEAR, nn.Linear(2, 4), r"x\._parameters\.weight is a parameter \[4, 2\] of .* here"),
+        (LINEAR, nn.Linear(2, 3, dtype=torch.float64), "of torch.float64 here"),
+        (LINEAR, nn.Linear(2, 3, bias=False), r"x\._parameters\.bias is builtins.NoneType here"),
+        (LINEAR, nn.Tanh(), "x is torch.*Tanh here, but torch.*Linear in the checkpoint"),
+        ([math.sin], [math.cos], "x.0 is math.cos here, but math.sin in the checkpoint"),
+        ([Thing(0), Thing(1)], [Thing(0)] * 2, r"x\.1 is test_checkpoint.Thing here"),
     ],
 )
-def test_a_foreign_object_is_refused_by_name(live, match):
+def test_what_stands_in_the_wrong_place_is_refused_by_name(ours, live, match):
     with pytest.raises(ValueError, match=match):
-        restore(live, capture(nn.Linear(2, 3)))
-
-
-def test_a_missing_object_is_refused_where_it_is_missing():
-    with pytest.raises(ValueError, match=r"\['a'\]\[1\] is NoneType here, but .*Point"):
-        restore({"a": [Point(0.0)]}, capture({"a": [Point(0.0), Point(1.0)]}))
-    one = Point(0.0)
-    with pytest.raises(ValueError, match=r"\[1\] is NoneType"):
-        restore([one, one], capture([Point(0.0), Point(1.0)]))
+        restore(live, capture(ours))
 
 
 # Learning
 
 
-def learner(seed: int):
-    env = gym.make_vec("CartPole-v1", num_envs=2)
-    env.reset(seed=seed)
-    policy = make_q_policy(env, (8,), generator(seed))
-    env.close()
-    optimizer = torch.optim.Adam(policy.parameters(), 1e-2 * (seed + 1), fused=True)
-    return {
-        "optimizer": optimizer,
-        "policy": policy,
-        "target": deepcopy(policy).requires_grad_(False),
-        "replay": Replay(50),
-        "stepper": make_stepper("CartPole-v1", 3, seed=seed),
-        "generator": generator(seed),
-    }
+def learner(seed: int) -> list:
+    stepper = make_stepper("CartPole-v1", 3, seed=seed)
+    policy = make_q_policy(stepper.env, (8,), generator(seed))
+    adam = torch.optim.Adam([flatten_parameters(policy)], 0.01 * (seed + 1), fused=True)
+    return [policy, stepper, generator(seed), adam, Replay(50)]
 
 
-def learn(x, steps: int) -> tuple:
-    numbers, stepper, policy = [], x["stepper"], x["policy"]
+def learn(policy, stepper, rng, adam, replay, steps: int = 60) -> list:
     for _ in range(steps):
-        obs = stepper.obs
-        with torch.no_grad():
-            actions = policy.act(obs, x["generator"])
-        _, rewards, terminated, *_ = stepper.step(actions)
-        x["replay"].add(obs=obs, a=actions, r=torch.tensor(rewards + terminated))
-        batch = x["replay"].sample(16, x["generator"])
-        q = policy.q(batch["obs"]).gather(-1, batch["a"][:, None])[:, 0]
-        loss = (q - batch["r"] - x["target"].q(batch["obs"]).amax(-1)).square().mean()
-        x["optimizer"].zero_grad()
-        loss.backward()
-        x["optimizer"].step()
+        rollout = collect(policy, stepper, 1, rng)
+        replay.add(obs=rollout.obs[0], returns=rollout.rewards[0])
+        batch = replay.sample(16, rng)
+        adam.zero_grad(set_to_none=False)
+        (policy.q(batch["obs"])[:, 0] - batch["returns"]).square().mean().backward()
+        adam.step()
         policy.epsilon *= 0.99
-        numbers.append(loss.item())
-    return numbers, [p.tolist() for p in policy.parameters()]
+    return [p.tolist() for p in policy.parameters()] + [policy.epsilon, stepper.obs.tolist()]
 
 
 @pytest.mark.parametrize("step", [0, 1, 70])
-def test_learning_goes_on_with_the_same_numbers(through_file, step):
-    ours, other = learner(0), learner(1)
-    learn(ours, step)
-    ours["policy"].eval() if step == 70 else None
-    state = through_file(capture(ours))
-    parameters = list(other["policy"].parameters())
-    restore(other, state)
-    assert all(map(lambda p, q: p is q, parameters, other["policy"].parameters()))
-    assert other["policy"].epsilon == ours["policy"].epsilon
-    assert other["policy"].training == ours["policy"].training
-    assert learn(other, 60) == learn(ours, 60)
-
-
-def test_a_file_restores_twice_the_same(through_file):
+def test_learning_goes_on_with_the_same_numbers_again_and_again(through_file, step):
     ours = learner(0)
-    learn(ours, 5)
-    state = through_file(capture(ours))
-    first = learn(restore(learner(1), state), 20)
-    assert learn(restore(learner(2), state), 20) == first
+    learn(*ours, steps=step)
+    ours[0].train(step < 70)
+    state = through_file(ours)
+    want = learn(*ours)
+    for seed in 1, 2:
+        other = learner(seed)
+        parameters = list(other[0].parameters())
+        restore(other, state)
+        assert other[0].training == (step < 70)
+        assert all(map(lambda p, q: p is q, parameters, other[0].parameters()))
+        assert learn(*other) == want
 
 
-def test_an_lstm_a_schedule_and_buffers_are_restored():
-    def make(seed: int):
-        torch.manual_seed(seed)
-        net = nn.ModuleDict({"rnn": nn.LSTM(2, 3), "norm": nn.BatchNorm1d(3)})
-        net.norm.register_buffer("extra", torch.zeros(()), persistent=False)
-        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-        return net, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+@torch.no_grad()
+def test_an_lstm_is_restored(through_file):
+    ours, theirs = nn.LSTM(2, 3), nn.LSTM(2, 3)
+    restore(theirs, through_file(ours.eval()))
+    assert not theirs.training and bits(theirs(torch.ones(4, 2))) == bits(ours(torch.ones(4, 2)))
 
-    def go(net, optimizer, schedule) -> list:
-        out = []
-        for i in range(5):
-            loss = net.norm(net.rnn(torch.full((4, 2), i + 1.0))[0]).pow(3).sum()
-            net.norm.extra += loss.item()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            out += [loss.item(), schedule.get_last_lr(), net.norm.extra.item()]
-        return out
 
-    ours, theirs = make(0), make(1)
-    go(*ours)
-    restore(theirs, capture(ours))
-    assert go(*theirs) == go(*ours)
+def test_temporary_objects_are_not_taken_for_each_other():
+    # An optimiser's state_dict makes new dictionaries at every call.
+    def make(*rates: float) -> list:
+        return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr) for lr in rates]
+
+    live = restore(make(9, 9, 9), capture(make(1, 2, 3)))
+    assert [optimizer.param_groups[0]["lr"] for optimizer in live] == [1, 2, 3]
 
 
 # Environments
 
 
-def frames(env_id):
-    env = FrameStackObservation(NormalizeObservation(gym.make(env_id)), 3)
-    return RecordEpisodeStatistics(NormalizeReward(TimeLimit(env, 40)))
+def wrapped(env_id):
+    env = wrappers.NormalizeObservation(wrappers.TimeLimit(gym.make(env_id), 40))
+    return wrappers.RecordEpisodeStatistics(wrappers.FrameStackObservation(env, 3))
 
 
-def sync(env_id, mode=AutoresetMode.NEXT_STEP):
-    return SyncVectorEnv([lambda: frames(env_id)] * 3, autoreset_mode=mode)
-
-
-def wrapped(env):
-    counted = vector_wrappers.RecordEpisodeStatistics(env, stats_key="whole")
-    return vector_wrappers.NormalizeObservation(counted)
+def vector_wrapped(env_id):
+    env = wrappers.vector.RecordEpisodeStatistics(gym.make_vec(env_id, num_envs=3))
+    return wrappers.vector.NormalizeObservation(env)
 
 
 MAKERS = {
     "make": gym.make,
-    "wrapped": frames,
-    "sync": lambda env_id: SyncVectorEnv([lambda: gym.make(env_id)] * 3),
-    "sync of wrapped": sync,
-    "same step": partial(sync, mode=AutoresetMode.SAME_STEP),
-    "vector wrappers": lambda env_id: wrapped(sync(env_id)),
-    "make_vec": lambda env_id: wrapped(gym.make_vec(env_id, num_envs=3)),
+    "make_vec": vector_wrapped,
+    "sync": lambda env_id: SyncVectorEnv([partial(wrapped, env_id)] * 3),
+    "same step": lambda env_id: SyncVectorEnv(
+        [partial(wrapped, env_id)] * 3, autoreset_mode=AutoresetMode.SAME_STEP
+    ),
 }
 
 
@@ -531,7 +309,7 @@ def follow(env, steps: int) -> list:
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-@pytest.mark.parametrize("env_id", CLASSIC)
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCar-v0"])
 def test_an_environment_goes_on_with_the_same_numbers(through_file, maker, env_id):
     env, new, used = (MAKERS[maker](env_id) for _ in range(3))
     for seed, old in enumerate([env, used]):
@@ -539,106 +317,37 @@ def test_an_environment_goes_on_with_the_same_numbers(through_file, maker, env_i
         old.action_space.seed(seed)
         follow(old, 67 - 40 * seed)
     assert env.spec is None or env.spec.id == env_id  # wrappers keep what was asked
-    state = through_file(capture(env))
-    want = follow(env, 200)
+    state, want = through_file(env), follow(env, 200)
     for other in new, used:
         assert follow(restore(other, state), 200) == want
 
 
-@pytest.mark.parametrize("env_id", ["po_book/CartPole-v1", *CLASSIC])
-def test_a_stepper_goes_on_with_the_same_numbers(through_file, env_id):
-    def go(stepper, policy, rng):
-        rows = []
-        for _ in range(210):
-            with torch.no_grad():
-                actions = policy.act(stepper.obs, rng)
-            rows.append([torch.as_tensor(x).tolist() for x in stepper.step(actions)])
-        return rows
-
-    stepper = make_stepper(env_id, 4, seed=1)
-    policy = make_policy(stepper.env, generator=generator())
-    ours = stepper, policy, generator(1)
-    go(*ours)
-    theirs = make_stepper(env_id, 4, seed=2), deepcopy(policy), generator(2)
-    restore(theirs, through_file(capture(ours)))
-    assert go(*theirs) == go(*ours)
-
-
-class Shared(gym.Env):
-    "Spaces that belong to the class, and a constant that a reset binds."
-
-    observation_space = gym.spaces.Box(-9, 9, (2,))
-    action_space = gym.spaces.Dict(a=gym.spaces.Discrete(9), b=gym.spaces.Box(0, 1))
-    start = np.zeros(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position = self.start
-        return self.position, {}
-
-
-def test_samples_of_a_space_go_on_even_if_it_belongs_to_the_class():
-    env = Shared()
-    env.reset(seed=0)
-    env.action_space.seed(3)
-    state = capture(env)
-    want = [env.action_space.sample() for _ in range(5)]
-    restore(env, state)
-    got = [env.action_space.sample() for _ in range(5)]
-    assert [x["a"] for x in got] == [x["a"] for x in want]
-    assert [x["b"][0] for x in got] == [x["b"][0] for x in want]
-    assert "action_space" not in vars(env)
-
-
-def test_a_constant_of_an_environment_survives_restoring():
-    env = Shared()
-    env.reset(seed=0)
-    env.position = env.position + 1
-    state = capture(env)
-    env.reset()
-    restore(env, state)
-    assert env.position.tolist() == [1, 1] and env.reset()[0].tolist() == [0, 0]
-
-
 def test_an_environment_of_another_size_or_kind_is_refused():
-    def make(n: int, env_id: str = "CartPole-v1"):
-        return make_stepper(env_id, n, seed=0)
-
-    state = capture(make(4))
-    with pytest.raises(ValueError, match=r"env\.\w*space is .* here, but .* in the"):
-        restore(make(8), state)
-    with pytest.raises(ValueError, match="env is Sync.* here, but .*CartPoleVectorEnv"):
-        restore(make(4, "Acrobot-v1"), state)
-    with pytest.raises(ValueError, match="this is TensorStepper here"):
-        restore(make(4, "po_book/CartPole-v1"), state)
-
-
-def test_environments_in_other_processes_are_refused_with_their_path():
-    env = gym.vector.AsyncVectorEnv([lambda: gym.make("CartPole-v1")])
-    try:
-        with pytest.raises(NotCapturable, match=r"\['env'\]\.\S+ is a \w+, which"):
-            capture({"env": env})
-    finally:
-        env.close()
+    state = capture(make_stepper("CartPole-v1", 4, seed=0))
+    with pytest.raises(ValueError, match=r"x\.env\.\w*space is .* here, but .* in the"):
+        restore(make_stepper("CartPole-v1", 8, seed=0), state)
+    with pytest.raises(ValueError, match=r"x\.env is .*Sync.* here, but .*CartPoleVectorEnv"):
+        restore(make_stepper("Acrobot-v1", 4, seed=0), state)
 
 
 # Files
 
 
-def test_saving_returns_the_latest_state_and_leaves_nothing_beside_it(tmp_path):
+def test_saving_keeps_the_latest_state_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "run.ckpt"
     (tmp_path / "run.ckpt.part").write_bytes(b"left by a killed save")
     for step in 1, 2:
         save_checkpoint(str(path), {"step": step, "x": torch.full((3,), float(step))})
-        got = load_checkpoint(path)
+        got = load_checkpoint(path, device="meta")  # not for tensors of the CPU
         assert got["step"] == step and got["x"].tolist() == [step] * 3
         assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        load_checkpoint(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        save_checkpoint(tmp_path / "nowhere" / "a", 1)
 
 
-NOT_PLAIN = Point(0.0), [lambda: 0], {"a": threading.Lock()}, 2**2100
-
-
-@pytest.mark.parametrize("bad", NOT_PLAIN)
+@pytest.mark.parametrize("bad", [Thing(0), [lambda: 0], threading.Lock(), 2**2100])
 def test_what_could_not_be_read_again_never_replaces_a_good_file(tmp_path, bad):
     save_checkpoint(tmp_path / "a", 1)
     with pytest.raises(ValueError, match="plain data"):
@@ -647,73 +356,42 @@ def test_what_could_not_be_read_again_never_replaces_a_good_file(tmp_path, bad):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_no_file_and_no_folder_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        load_checkpoint(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        save_checkpoint(tmp_path / "nowhere" / "a", 1)
-
-
 def test_every_wrong_byte_and_every_cut_is_refused(tmp_path):
     path = tmp_path / "a"
     save_checkpoint(path, {"a": torch.arange(5.0), "b": [1, 2.5, "x"]})
     whole, rng = path.read_bytes(), random.Random(0)
-    with open(path, "r+b", buffering=0) as file:
-        for place, byte in enumerate(whole):
-            for new in byte ^ rng.randrange(1, 256), byte:
-                os.pwrite(file.fileno(), bytes([new]), place)
-                if new == byte:
-                    continue
-                with pytest.raises(ValueError, match="damaged|not a|version"):
-                    load_checkpoint(path)
-    assert path.read_bytes() == whole
-    for length in range(0, len(whole), 23):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="damaged|not a checkpoint"):
+    wrong = [whole[:length] for length in range(0, len(whole), 23)] + [whole + b"\0"]
+    for place, byte in enumerate(whole):
+        new = bytes([byte ^ rng.randrange(1, 256)])
+        wrong.append(whole[:place] + new + whole[place + 1 :])
+    for data in wrong:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is damaged or cut|is not a|format version"):
             load_checkpoint(path)
-    path.write_bytes(whole + b"\0")
-    with pytest.raises(ValueError, match="damaged or cut short"):
-        load_checkpoint(path)
-
-
-def test_foreign_files_and_other_versions_are_refused(tmp_path, monkeypatch):
-    path = tmp_path / "a"
-    torch.save({"a": 1}, path)
-    with pytest.raises(ValueError, match="is not a checkpoint of po_book"):
-        load_checkpoint(path)
-    monkeypatch.setattr(checkpoint, "VERSION", 2)
-    with open(path, "w+b") as file:
-        checkpoint._write(file, 1)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="has format version 2, this po_book reads 1"):
-        load_checkpoint(path)
 
 
 class Hostile:
-    def __init__(self, target: Path):
-        self.target = str(target)
-
     def __reduce__(self):
-        return open, (self.target, "w")
+        return open, ("created", "w")
 
 
-def test_no_code_in_a_file_is_run(tmp_path):
-    path, target = tmp_path / "a", tmp_path / "created"
-    path.write_bytes(pickle.dumps(Hostile(target)))
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        load_checkpoint(path)
-    with open(path, "w+b") as file:
-        checkpoint._write(file, Hostile(target))
+def test_foreign_files_other_versions_and_code_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": 1}, "a")
+    with pytest.raises(ValueError, match="a is not a checkpoint of po_book"):
+        load_checkpoint("a")
+    with open("a", "w+b") as file:
+        checkpoint._write(file, Hostile())
     with pytest.raises(ValueError, match="holds more than plain data"):
-        load_checkpoint(path)
-    assert not target.exists()
-    pickle.loads(pickle.dumps(Hostile(target))).close()
-    assert target.exists()  # it would have been made
-
-
-def test_tensors_of_the_cpu_stay_on_the_cpu(tmp_path):
-    save_checkpoint(tmp_path / "a", torch.ones(2))
-    assert load_checkpoint(tmp_path / "a", device="meta").device.type == "cpu"
+        load_checkpoint("a")
+    assert not Path("created").exists()
+    pickle.loads(pickle.dumps(Hostile())).close()
+    assert Path("created").exists()  # it would have been made
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "VERSION", 2)
+        save_checkpoint("a", 1)
+    with pytest.raises(ValueError, match="has format version 2, this po_book reads 1"):
+        load_checkpoint("a")
 
 
 KILLS = """
@@ -723,26 +401,23 @@ import torch
 from po_book.checkpoint import load_checkpoint, save_checkpoint
 
 path, rng = Path(sys.argv[1]), random.Random(0)
-part = path.with_name(path.name + ".part")
 for _ in range(15):
     told, tell = os.pipe()
     child = os.fork()
     if not child:
         for step in range(1, 10_000):
-            x = torch.full((300_000,), float(step))
-            save_checkpoint(path, {"step": step, "x": x})
+            save_checkpoint(path, {"step": step, "x": torch.full((300_000,), step)})
             os.write(tell, step.to_bytes(4, "big"))
     first = os.read(told, 4)
     time.sleep(rng.uniform(0, 0.05))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(tell)
-    steps = first + os.read(told, 100_000)
+    last = int.from_bytes((first + os.read(told, 100_000))[-4:], "big")
     os.close(told)
     state = load_checkpoint(path)
-    same = bool((state["x"] == state["step"]).all())
-    last = int.from_bytes(steps[-4:], "big")
-    print(last, state["step"], int(same), int(part.exists()))
+    assert state["step"] in (last, last + 1) and (state["x"] == state["step"]).all()
+    print(path.with_name(path.name + ".part").exists())
 """
 
 
@@ -753,8 +428,5 @@ def test_a_save_that_is_killed_leaves_a_whole_file(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert out.returncode == 0, out.stderr
-    rows = [tuple(map(int, line.split())) for line in out.stdout.splitlines()]
-    assert len(rows) == 15
-    for reported, found, whole, _ in rows:
-        assert found in (reported, reported + 1) and whole
-    assert any(left for *_, left in rows), "no kill came while a file was written"
+    rows = out.stdout.split()
+    assert len(rows) == 15 and "True" in rows, "no kill came while a file was written"
