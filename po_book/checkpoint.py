@@ -52,7 +52,7 @@ def _is_open(x: Any) -> bool:
     "True if all that `x` holds is in `vars(x)`."
     cls = type(x)
     slots = any(vars(base).get("__slots__") for base in cls.__mro__)
-    larger = cls.__basicsize__ > nn.Module.__basicsize__ or cls.__itemsize__
+    larger = cls.__basicsize__ > nn.Module.__basicsize__
     owner = hasattr(x, "__del__") and not isinstance(x, gym.Env | VectorEnv)
     return hasattr(x, "__dict__") and not (slots or larger or owner)
 
@@ -189,7 +189,7 @@ def restore(
 
     Raises: `ValueError` if `x` cannot hold the state.
     """
-    make, made, used = {_label(cls): _MAKE[cls] for cls in _MAKE}, [], {}
+    make, made, used = {_label(cls): _MAKE[cls] for cls in _MAKE}, [], set()
 
     def put(x: Any, state: Any, path: str) -> Any:
         if _is_plain(state):
@@ -198,13 +198,14 @@ def restore(
             return made[state["same"]]
         got, want, parts = _label(x), state["is"], state["parts"]
         # One thing cannot hold the states of two.
-        taken = id(x) in used and not isinstance(x, (tuple, *_CODE))
+        taken = id(x) in used and not isinstance(x, _CODE)
         if taken or got != want:
             if want not in make:
                 raise ValueError(f"{path} is {got} here, but {want} in the checkpoint")
             x = make[want]()
-        used[id(x)], number = x, len(made)
+        number = len(made)
         made.append(x)
+        used.add(id(x))
         if isinstance(parts, dict):
             old = _parts(x)
             parts = {k: put(old.get(k), y, f"{path}.{k}") for k, y in parts.items()}

@@ -89,7 +89,7 @@ def test_containers_and_tensors_are_changed_in_place_and_arrays_are_not():
 
 def test_what_was_one_thing_stays_one_and_circles_end(through_file):
     row, table, tensor = [1.5], np.ones(2), torch.ones(2)
-    value = {"a": row, "b": (row, table), "c": table, "t": [tensor, tensor]}
+    value = {"b": (row, table), "a": row, "c": table, "t": [tensor, tensor]}
     row.append(value["b"])
     back = restore(None, through_file(value))
     assert back["a"] is back["b"][0] and back["c"] is back["b"][1]
@@ -135,7 +135,8 @@ class Thing:
 
 
 def test_attributes_come_back_and_new_ones_go():
-    a, b = Thing([Color.BLUE, Color.RED, Color.RED]), Thing([Color.RED] * 3)
+    pair = (max, 1)
+    a, b = Thing([Color.BLUE, Color.RED, pair, pair]), Thing([Color.RED] * 2 + [pair] * 2)
     b.made_later = 1
     kept = b.function
     restore(b, capture(a))
