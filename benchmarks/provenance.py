@@ -16,9 +16,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def provenance() -> dict[str, str]:
-    "Where, when and with what; `dirty` marks a commit that was changed since."
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    "Where, when and with what; `dirty` marks a commit whose code was changed since."
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    changed = git("status", "--porcelain", "--", "po_book", "benchmarks")
+    commit = git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
     cpu = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     gpu = torch.cuda.is_available()
     return {
@@ -27,7 +32,7 @@ def provenance() -> dict[str, str]:
         "torch": f"torch {torch.__version__}",
         "gymnasium": f"gymnasium {gymnasium.__version__}",
         "date": date.today().isoformat(),
-        "commit": f"commit {commit.strip()}",
+        "commit": f"commit {commit}",
     }
 
 
