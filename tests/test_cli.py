@@ -189,7 +189,7 @@ def test_tensorboard_is_optional(here, monkeypatch):
 
 # Stop and resume
 
-LONG = f"train ppo --env CartPole-v1 {TINY} --total-steps 4000 --checkpoint-every 500"
+LONG = f"train ppo --env CartPole-v1 {TINY} --total-steps 20000 --checkpoint-every 500"
 
 
 def stopped(line: list[str], by: signal.Signals) -> tuple[int, str]:
