@@ -1,0 +1,105 @@
+"""What 64 completions of 16 tokens cost: `sample`, transformers' `generate`, a bare loop.
+
+Run: python benchmarks/sampling.py [--record]
+
+8 prompts x 8 completions, the model of 0.8 million parameters, one CPU thread. Twice:
+with the model of the chapter, fine-tuned for a while, whose completions end where it
+ends them; and with random weights and no end, where all completions soon differ and all
+have 16 tokens, which is the least favourable case. `generate` and the bare loop read
+every prompt once for each of its completions; the loop does nothing that is not needed.
+The candidates take turns, so that a busy moment of the machine hits all of them.
+"""
+
+import sys
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+import torch
+import transformers
+from provenance import record
+from transformers import DynamicCache
+
+from po_book.language_model import ChainAddition, char_tokenizer, sample, sft, tiny_lm
+
+PROMPTS, GROUP, NEW = 8, 8, 16
+
+
+def candidates(model, tokenizer, prompts: list[str], ends: bool) -> dict[str, Callable]:
+    "Three ways to the same completions."
+    eos = tokenizer.eos_token_id if ends else None
+    if not ends:
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+        with torch.no_grad():
+            model.lm_head.bias[tokenizer.eos_token_id] = -torch.inf
+    repeated = [prompt for prompt in prompts for _ in range(GROUP)]
+    inputs = tokenizer(repeated, return_tensors="pt", padding=True)
+    ids, real = inputs.input_ids, inputs.attention_mask
+    options = dict(do_sample=True, top_k=0, max_new_tokens=NEW, eos_token_id=eos, pad_token_id=0)
+
+    @torch.no_grad()
+    def loop() -> None:
+        cache, tokens, attend = DynamicCache(config=model.config), ids, real
+        running = torch.ones(len(ids), dtype=torch.bool)
+        for step in range(NEW):
+            positions = (attend.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            hidden = model.model(
+                input_ids=tokens,
+                attention_mask=attend,
+                position_ids=positions,
+                past_key_values=cache,
+            ).last_hidden_state[:, -1]
+            p = model.lm_head(hidden).softmax(-1)
+            tokens = torch.multinomial(p, 1)
+            attend = torch.nn.functional.pad(attend, (0, 1), value=1)
+            running &= tokens[:, 0] != eos if ends else True
+            if not running.any():
+                break
+
+    return {
+        "generate": lambda: model.generate(ids, attention_mask=real, **options),
+        "bare loop": loop,
+        "po_book sample": lambda: sample(model, tokenizer, prompts, GROUP, NEW),
+    }
+
+
+def measure(ways: dict[str, Callable], turns: int = 40) -> dict[str, list[float]]:
+    "Milliseconds a call, one number a turn."
+    times = {name: [] for name in ways}
+    for name, way in ways.items():
+        way()
+    for _ in range(turns):
+        for name, way in ways.items():
+            start = perf_counter()
+            way()
+            times[name].append(1e3 * (perf_counter() - start))
+    return times
+
+
+def main(recording: bool) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer, task = char_tokenizer(), ChainAddition()
+    tuned, problems = tiny_lm(tokenizer), task.prompts(20_000)
+    order = torch.Generator().manual_seed(0)
+    sft(tuned, tokenizer, problems, list(map(task.solution, problems)), 260, generator=order)
+    prompts = task.prompts(PROMPTS, seed=1, held_out=True)
+    cases = {"fine-tuned": (tuned, True), "random, no end": (tiny_lm(tokenizer), False)}
+    rows = []
+    for case, (model, ends) in cases.items():
+        times = measure(candidates(model, tokenizer, prompts, ends))
+        ours = median(times["po_book sample"])
+        rows += [
+            [case, name, f"{min(ms):.1f}", f"{median(ms):.1f}", f"{median(ms) / ours:.2f}"]
+            for name, ms in times.items()
+        ]
+    columns = ["model", "sampler", "ms, min", "ms, median", "over po_book's"]
+    for row in [columns, *rows]:
+        print("{:16}{:16}{:>9}{:>12}{:>16}".format(*row))
+    if recording:
+        version = f"transformers {transformers.__version__}"
+        record("sampling", columns, rows, transformers=version)
+
+
+if __name__ == "__main__":
+    main("--record" in sys.argv[1:])
