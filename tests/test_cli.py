@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import fields
 from inspect import getsource
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -194,7 +195,9 @@ LONG = f"train ppo --env CartPole-v1 {TINY} --total-steps 20000 --checkpoint-eve
 
 def stopped(line: list[str], by: signal.Signals) -> tuple[int, str]:
     "Exit code and complaint of a command that is stopped after its next checkpoint."
-    process = subprocess.Popen([*PROCESS, *line], stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore Ctrl-C, and so does all that they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([*PROCESS, *line], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     checkpoint, patience = Path("a run", "checkpoint.pt"), time.monotonic() + 60
     written = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     while time.monotonic() < patience:
