@@ -140,8 +140,8 @@ def clipped_surrogate(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$
     advantages: Float[Tensor, "*shape"],  # $\hat A$, a constant
-    clip_low: float | Float[Tensor, ""] = 0.2,  # $\epsilon_{low}$, in [0, 1)
-    clip_high: float | Float[Tensor, ""] | None = None,  # $\epsilon_{high}$; None: both
+    clip_low: float | Tensor = 0.2,  # $\epsilon_{low}$, in [0, 1)
+    clip_high: float | Tensor | None = None,  # $\epsilon_{high}$; None takes clip_low
     dual_clip: float | None = None,       # largest ratio that counts where $\hat A<0$
 ) -> Float[Tensor, "*shape"]:
     """Clipped surrogate {eq}`eq-ppo-clip` of every element, to be maximised.
@@ -262,8 +262,8 @@ def ppo_loss(
     values: Float[Tensor, "*shape"],      # $V_\phi(s)$
     returns: Float[Tensor, "*shape"],     # target $G$ of the critic
     *,
-    clip_low: float | Float[Tensor, ""] = 0.2,  # $\epsilon_{low}$
-    clip_high: float | Float[Tensor, ""] | None = None,  # $\epsilon_{high}$; None: both
+    clip_low: float | Tensor = 0.2,  # $\epsilon_{low}$
+    clip_high: float | Tensor | None = None,  # $\epsilon_{high}$; None takes clip_low
     dual_clip: float | None = None,       # largest ratio that counts where $\hat A<0$
     value_coef: float = 0.5,              # $c_v$, beside the 1/2 in the value loss
     entropy_coef: float = 0.0,            # $c_{ent}$
