@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHABET', 'char_tokenizer', 'tiny_lm', 'load_lm', 'pad_token_id', 'Sequences', 'pack', 'log_distribution',
-           'prefix_states', 'token_logprobs', 'enumerate_completions', 'Samples', 'sample', 'encode', 'is_held_out',
-           'Task', 'ChainAddition', 'Countdown', 'sft', 'success_rate', 'ValueModel']
+           'prefix_states', 'token_logprobs', 'enumerate_completions', 'Samples', 'sample', 'encode', 'join',
+           'is_held_out', 'Task', 'ChainAddition', 'Countdown', 'sft', 'success_rate', 'ValueModel']
 
 # %% ../nbs/12_language_model.ipynb #d3700a2f
 import copy
@@ -252,10 +252,23 @@ def prefix_states(
     model: "PreTrainedModel",
     ids: Int[Tensor, "N L"],
     attention_mask: Bool[Tensor, "N L"],  # true at real tokens, on whatever side
+    group_size: int = 1,  # adjacent rows that agree in the first columns
+    shared: int = 0,      # how many columns; they are read once a group
 ) -> Float[Tensor, "N L D"]:
-    "At $t$ the last hidden state of the tokens before $t$; zero at $t=0$."
-    hidden = _hidden(model, ids, attention_mask)
-    return nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0))
+    "At $t$ the last hidden state of the tokens before $t$; zero where that is shared."
+    if group_size == 1 or shared == 0:
+        hidden = _hidden(model, ids, attention_mask)
+        return nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0))
+    from transformers import DynamicCache
+
+    cache, once = DynamicCache(config=model.config), slice(None, None, group_size)
+    prompt = ids[once, :shared], attention_mask[once, :shared]
+    first = _hidden(model, *prompt, cache)[:, -1:].repeat_interleave(group_size, 0)
+    if shared == ids.shape[1] - 1:
+        return nn.functional.pad(first, (0, 0, shared, 0))
+    cache.batch_repeat_interleave(group_size)
+    rest = _hidden(model, ids[:, shared:-1], attention_mask[:, :-1], cache)
+    return nn.functional.pad(torch.cat([first, rest], 1), (0, 0, shared, 0))
 
 # %% ../nbs/12_language_model.ipynb #497259f2
 def token_logprobs(
@@ -268,6 +281,7 @@ def token_logprobs(
     *,
     attention_mask: Bool[Tensor, "N L"],  # true at real tokens, on whatever side
     states: Float[Tensor, "N L D"] | None = None,  # `prefix_states`, if known already
+    group_size: int = 1,        # adjacent rows with one prompt, which is read once
     max_logits: int = 2**26,    # held at a time; 4 bytes each
 ) -> Float[Tensor, "N L"]:
     """Log-probability of every token under `mask`, differentiable; zero elsewhere.
@@ -275,11 +289,13 @@ def token_logprobs(
     A row with nothing under its mask is all zero. A token that `top_k` or `top_p` now
     excludes has log-probability $-\\infty$.
 
-    Raises: `ValueError` if shapes or devices differ, or if a masked token is padding or
-    has nothing before it.
+    Raises: `ValueError` if shapes or devices differ, if a masked token is padding or
+    has nothing before it, or if rows of a group differ before their first masked token.
     """
     _check_sequences(model, ids, mask, attention_mask)
-    states = prefix_states(model, ids, attention_mask) if states is None else states
+    if states is None:
+        shared = _shared_columns(ids, mask, attention_mask, group_size)
+        states = prefix_states(model, ids, attention_mask, group_size, shared)
 
     def score(states: Tensor, tokens: Tensor) -> Tensor:
         logp = log_distribution(_logits(model, states), temperature, top_k, top_p)
@@ -292,6 +308,21 @@ def token_logprobs(
     else:
         logp = torch.cat([checkpoint(score, *x, use_reentrant=False) for x in chunks])
     return logp.new_zeros(ids.shape).masked_scatter(mask, logp)
+
+# %% ../nbs/12_language_model.ipynb #bda896aa
+def _shared_columns(ids: Tensor, mask: Tensor, real: Tensor, group_size: int) -> int:
+    "Columns before the first masked token, checked to be the same in every group."
+    if group_size == 1:
+        return 0
+    if group_size < 1 or len(ids) % group_size:
+        rule = f"group_size must be positive and divide the {len(ids)} rows"
+        raise ValueError(f"{rule}, got {group_size}")
+    shared = int(mask.any(0).int().argmax())
+    for x in ids, real:
+        groups = x[:, :shared].unflatten(0, (-1, group_size))
+        if not (groups == groups[:, :1]).all():
+            raise ValueError(f"rows of a group of {group_size} must share their prompt")
+    return shared
 
 # %% ../nbs/12_language_model.ipynb #17a0eb04
 def _check_sequences(
@@ -326,6 +357,10 @@ class Samples(Sequences):
 
     logps: Float[Tensor, "N L"]  # log-probability as sampled, zero elsewhere
     finished: Bool[Tensor, "N"]  # ended with a stop token; false where it was cut off
+
+    def rows(self, index: Int[Tensor, "M"]) -> "Samples":
+        "Some of the completions."
+        return Samples(**{name: x[index] for name, x in vars(self).items()})
 
 # %% ../nbs/12_language_model.ipynb #d9a54cc4
 def _draw(
@@ -427,9 +462,11 @@ def sample(
     model.eval()
     steps = _grow(model, prompt, group_size, max_new_tokens, stops, generator, settings)
     try:
-        samples = _collected(prompt, group_size, pad, stops, list(steps))
+        with torch.inference_mode():
+            steps = list(steps)
     finally:
         model.train(training)
+    samples = _collected(prompt, group_size, pad, stops, steps)
     if not samples.logps.isfinite().all():
         raise ValueError("model gives logits that are not finite: its weights have NaN")
     return samples
@@ -470,6 +507,30 @@ def _check_fit(model: "PreTrainedModel", rows: list[list[int]], new: int) -> Non
         if row and not 0 <= min(row) <= max(row) < size:
             rule = f"has tokens outside the vocabulary of {size}"
             raise ValueError(f"prompts[{i}] {rule}")
+
+# %% ../nbs/12_language_model.ipynb #403f5eba
+def join(
+    parts: list[Samples] | tuple[Samples, ...],
+    pad_id: int,  # fills both ends
+) -> Samples:
+    """Samples of several calls as those of one.
+
+    Raises: `ValueError` if there are none.
+    """
+    if not parts:
+        raise ValueError("parts must be samples, got none")
+    before = [int(x.mask.any(0).int().argmax()) for x in parts]
+    after = [x.ids.shape[1] - n for x, n in zip(parts, before)]
+    columns = {"finished": torch.cat([x.finished for x in parts])}
+    blank = {"ids": pad_id, "attention_mask": False, "mask": False, "logps": 0.0}
+    for name, value in blank.items():
+        columns[name] = torch.cat([
+            nn.functional.pad(
+                getattr(x, name), (max(before) - b, max(after) - a), value=value
+            )
+            for x, b, a in zip(parts, before, after)
+        ])
+    return Samples(**columns)
 
 # %% ../nbs/12_language_model.ipynb #6fbe27c3
 def is_held_out(
@@ -653,13 +714,12 @@ def success_rate(
     prompts: list[str],
     max_new_tokens: int = 32,
     generator: torch.Generator | None = None,
+    samples: int = 1,  # completions $k$ of each prompt
 ) -> float:
-    "Share of `prompts` that a sampled completion answers."
-    drawn = sample(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, generator=generator
-    )
-    right = map(task.verify, prompts, drawn.texts(tokenizer))
-    return sum(right) / len(prompts)
+    "Share of sampled completions that answer their prompt: with several, avg@$k$."
+    size, asked = (samples, max_new_tokens), [q for q in prompts for _ in range(samples)]
+    drawn = sample(model, tokenizer, prompts, *size, generator=generator)
+    return sum(map(task.verify, asked, drawn.texts(tokenizer))) / len(asked)
 
 # %% ../nbs/12_language_model.ipynb #9700ab21
 class ValueModel(nn.Module):

@@ -10,7 +10,6 @@ __all__ = ['BACKENDS', 'ALGORITHMS', 'PRESETS', 'Config', 'Run', 'flatten_parame
            'Diverged', 'train', 'resume', 'load_run']
 
 # %% ../nbs/09_cartpole.ipynb #172b3f9e
-import csv
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from po_book.checkpoint import (
     load_checkpoint,
     restore,
     save_checkpoint,
+    write_table,
 )
 from .off_policy import deterministic_policy_loss
 from .policy_gradient import reinforce_loss
@@ -809,13 +809,7 @@ def _save(run: Run, learner: Learner, out: Path) -> None:
     "Write the checkpoint, and the log as a table."
     state = {"log": run.log, "learner": _capture(learner)}
     save_checkpoint(out / "checkpoint.pt", state)
-    columns = dict.fromkeys(name for row in run.log for name in row)
-    part = out / "log.csv.part"  # so that no reader finds half a table
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(run.log)
-    part.replace(out / "log.csv")
+    write_table(out / "log.csv", run.log)
 
 # %% ../nbs/09_cartpole.ipynb #a4ec6d05
 @contextmanager

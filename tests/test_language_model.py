@@ -24,6 +24,7 @@ from po_book.language_model import (
     encode,
     enumerate_completions,
     is_held_out,
+    join,
     load_lm,
     log_distribution,
     pack,
@@ -168,6 +169,79 @@ def test_chunks_change_no_gradient(llama, tokenizer):
         grads.append(torch.autograd.grad(loss, list(llama.parameters())))
     for whole, chunked in zip(*grads):
         torch.testing.assert_close(whole, chunked, atol=1e-4, rtol=1e-4)
+
+
+def test_reading_a_prompt_once_for_its_group_changes_nothing(saved):
+    model, tokenizer = load_lm(saved)
+    drawn = sample(model, tokenizer, PROMPTS, 4, 10, generator=generator())
+    weights = torch.randn(drawn.ids.shape, generator=generator())
+    logps, grads = [], []
+    for size in (1, 4):
+        logp = scored(model, drawn, group_size=size)
+        logps.append(logp)
+        grads.append(torch.autograd.grad((weights * logp).sum(), list(model.parameters())))
+    torch.testing.assert_close(logps[1], logps[0], atol=1e-5, rtol=0)
+    for alone, together in zip(*grads):
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_shared_prompt_is_read_once(llama, tokenizer, monkeypatch):
+    drawn = sample(llama, tokenizer, PROMPTS, 8, 6, generator=generator())
+    read = []
+    embed = llama.get_input_embeddings()
+    embed.register_forward_hook(lambda *x: read.append(x[1][0].numel()))
+    try:
+        scored(llama, drawn, group_size=8)
+        columns = int(drawn.mask.any(0).int().argmax())
+        # the state after the last token predicts nothing, so that is not read
+        assert sum(read) == 3 * columns + 24 * (drawn.ids.shape[1] - columns - 1)
+        read.clear()
+        one = sample(llama, tokenizer, PROMPTS, 8, 1, generator=generator())
+        scored(llama, one, group_size=8)
+        assert sum(read) == 2 * 3 * columns
+    finally:
+        embed._forward_hooks.clear()
+
+
+def test_rows_of_a_group_must_share_their_prompt(llama, tokenizer):
+    drawn = sample(llama, tokenizer, PROMPTS, 2, 4, generator=generator())
+    with pytest.raises(ValueError, match="rows of a group of 3 must share their prompt"):
+        scored(llama, drawn, group_size=3)
+    with pytest.raises(ValueError, match="divide the 6 rows, got 4"):
+        scored(llama, drawn, group_size=4)
+
+
+def test_samples_of_several_calls_are_put_together(llama, tokenizer):
+    calls = [(["3+8+5=", "9="], 3), (["1="], 9), (["1+1+1+1=", "2="], 5)]
+    parts = [sample(llama, tokenizer, p, 2, n, generator=generator()) for p, n in calls]
+    whole = join(parts, tokenizer.pad_token_id)
+    assert whole.texts(tokenizer) == [text for x in parts for text in x.texts(tokenizer)]
+    assert whole.finished.tolist() == [x for part in parts for x in part.finished.tolist()]
+    assert whole.ids.shape == (10, 8 + 9)
+    torch.testing.assert_close(scored(llama, whole), whole.logps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        scored(llama, whole, group_size=2), whole.logps, atol=1e-5, rtol=0
+    )
+    some = whole.rows(torch.tensor([7, 0]))
+    texts = whole.texts(tokenizer)
+    assert some.texts(tokenizer) == [texts[7], texts[0]]
+    assert torch.equal(some.logps.sum(1), whole.logps.sum(1)[[7, 0]])
+    with pytest.raises(ValueError, match="parts must be samples, got none"):
+        join([], 0)
+
+
+def test_success_is_a_share_of_all_completions(tokenizer):
+    class Odd(ChainAddition):
+        def verify(self, prompt, completion):
+            seen.append(prompt)
+            return len(seen) % 4 == 1
+
+    seen = []
+    rate = success_rate(
+        tiny_lm(tokenizer, **SMALL), tokenizer, Odd(), PROMPTS, 4, generator(), samples=4
+    )
+    assert rate == 0.25
+    assert seen == [prompt for prompt in PROMPTS for _ in range(4)]
 
 
 def test_logits_are_never_held_beyond_the_limit(llama, tokenizer):

@@ -1,0 +1,253 @@
+"One objective: every preset is its chapter's own loss, in value and in gradient."
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributions import Categorical
+
+from po_book.advantage import normalize
+from po_book.grpo import group_advantages, grpo_loss, leave_one_out
+from po_book.objective import (
+    PRESETS,
+    Aggregation,
+    Clip,
+    Critic,
+    Group,
+    InLoss,
+    NoReference,
+    OneStep,
+    Penalty,
+    Radius,
+    Returns,
+    difference,
+    objective_loss,
+)
+from po_book.policy_gradient import reinforce_loss
+from po_book.ppo import kl_penalty, ppo_loss, ratio
+from po_book.rlhf import kl_rewards, token_gae
+
+N, L, G = 8, 6, 4
+
+
+def random(seed, *shape):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+@pytest.fixture(params=range(3))
+def data(request):
+    "Log-probabilities of three policies, advantages, and a mask of ragged rows."
+    x = random(request.param, 4, N, L)
+    lengths = torch.randint(1, L + 1, (N,), generator=torch.Generator().manual_seed(7))
+    return {
+        "logp": (x[0] - 2).requires_grad_(),
+        "logp_old": x[0] - 2 + 0.3 * x[1],
+        "logp_ref": x[0] - 2 + 0.3 * x[2],
+        "advantages": x[3],
+        "mask": torch.arange(L) < lengths[:, None],
+    }
+
+
+def rows(data):
+    return data["logp"], data["logp_old"], data["advantages"], data["mask"]
+
+
+def check(ours, theirs, logp):
+    "Equal losses and equal gradients, and not for want of any."
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    got, want = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert want.abs().max() > 1e-3
+
+
+def test_reinforce_is_the_loss_of_its_chapter(data):
+    full = torch.ones(N, L, dtype=torch.bool)
+    ours, _ = objective_loss(PRESETS["reinforce"], *rows(data)[:3], full)
+    check(ours, reinforce_loss(data["logp"], data["advantages"]), data["logp"])
+
+
+def test_a2c_is_minus_the_mean_score_times_the_advantage(data):
+    logp, _, advantages, mask = rows(data)
+    ours, _ = objective_loss(PRESETS["a2c"], *rows(data))
+    check(ours, -(logp * advantages)[mask].mean(), logp)
+
+
+def test_trpo_is_the_mean_of_the_surrogate(data):
+    logp, old, advantages, mask = rows(data)
+    ours, _ = objective_loss(PRESETS["trpo"], *rows(data))
+    check(ours, -(ratio(logp, old) * advantages)[mask].mean(), logp)
+
+
+def test_ppo_kl_is_the_mean_of_the_penalised_surrogate(data):
+    logp, old, advantages, mask = rows(data)
+    ours, _ = objective_loss(PRESETS["ppo-kl"], *rows(data))
+    check(ours, -kl_penalty(logp, old, advantages, 1.0)[mask].mean(), logp)
+
+
+@pytest.mark.parametrize("name", ["ppo", "rlhf-ppo"])
+def test_ppo_is_the_policy_part_of_its_chapters_loss(data, name):
+    logp, old, advantages, mask = rows(data)
+    zeros = torch.zeros_like(advantages)
+    theirs, _ = ppo_loss(logp, old, advantages, zeros, zeros, zeros, mask=mask)
+    ours, metrics = objective_loss(PRESETS[name], *rows(data))
+    check(ours, theirs, logp)
+    assert 0 < metrics["clip_fraction"] < 1
+
+
+def test_rloo_is_reinforce_of_whole_responses(data):
+    logp, _, _, mask = rows(data)
+    advantages = random(9, N)
+    ours, _ = objective_loss(PRESETS["rloo"], logp, data["logp_old"], advantages, mask)
+    check(ours, -(advantages * (logp * mask).sum(1)).mean(), logp)
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("grpo", dict(beta=0.04)),
+        ("dr-grpo", dict(aggregate="constant", max_len=L)),
+        ("dapo", dict(clip_high=0.28, aggregate="token")),
+        ("magistral", dict(clip_high=0.28, aggregate="token")),
+        ("prorl", dict(clip_high=0.4, aggregate="token", beta=0.04)),
+    ],
+)
+def test_the_family_of_grpo_is_grpo_loss_with_its_settings(data, name, settings):
+    objective, reference = PRESETS[name], {"logp_ref": data["logp_ref"]}
+    if name == "dr-grpo":
+        objective = replace(objective, aggregation=Aggregation("constant", L))
+    theirs, _ = grpo_loss(*rows(data), **reference, **settings)
+    ours, metrics = objective_loss(objective, *rows(data), **reference)
+    check(ours, theirs, data["logp"])
+    assert metrics["kl"] > 0
+
+
+def test_every_preset_is_compared():
+    compared = {"reinforce", "a2c", "trpo", "ppo-kl", "ppo", "rlhf-ppo", "rloo", "grpo",
+                "dr-grpo", "dapo", "magistral", "prorl"}
+    assert compared == set(PRESETS)
+
+
+# Advantages
+
+
+def test_advantages_are_those_of_the_chapters(data):
+    mask, values = data["mask"], random(3, N, L) * data["mask"]
+    R = random(4, N)
+    paid = kl_rewards(R, data["logp_old"], data["logp_ref"], mask, 0.05)
+    groups = R.view(-1, G)
+    plain = PRESETS["grpo"].rewards(R, data["logp_old"], mask)
+    for scale in "group", "batch", "none":
+        got, targets = Group(scale)(plain, mask, G)
+        want = group_advantages(groups, scale).view(-1, 1) * mask
+        torch.testing.assert_close(got, want)
+        assert targets is None
+    totals = paid.sum(1).view(-1, G)
+    objective = PRESETS["rloo"]
+    got, _ = objective.advantage(
+        objective.rewards(R, data["logp_old"], mask, data["logp_ref"]), mask, G
+    )
+    want = leave_one_out(totals).view(-1, 1) * mask
+    torch.testing.assert_close(got, want)
+    got, targets = Critic(lam=0.9)(paid, mask, G, values)
+    raw = token_gae(paid, values, mask, 1.0, 0.9)
+    torch.testing.assert_close(targets, raw + values)
+    torch.testing.assert_close(got, normalize(raw, mask))
+    to_come, _ = Returns()(plain, mask)
+    torch.testing.assert_close(to_come, R[:, None] * mask)
+
+
+# Properties
+
+
+def test_parts_of_a_batch_with_its_weights_add_up_to_the_whole(data):
+    for name in "grpo", "dapo", "rloo":
+        objective, reference = PRESETS[name], data["logp_ref"]
+        whole, _ = objective_loss(objective, *rows(data), logp_ref=reference)
+        weights = objective.aggregation(data["mask"])
+        parts = zip(*(x.split(3) for x in (*rows(data), reference, weights)))
+        total = sum(
+            objective_loss(objective, *x, logp_ref=ref, weights=w)[0]
+            for *x, ref, w in parts
+        )
+        check(total, whole, data["logp"])
+    alone = sum(
+        objective_loss(PRESETS["dapo"], *x)[0] for x in zip(*(x.split(4) for x in rows(data)))
+    )
+    assert abs(alone / 2 - objective_loss(PRESETS["dapo"], *rows(data))[0]) > 1e-4
+
+
+def test_padding_and_the_order_of_rows_change_nothing(data):
+    objective = PRESETS["grpo"]
+    whole, _ = objective_loss(objective, *rows(data), logp_ref=data["logp_ref"])
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    columns = [*rows(data), data["logp_ref"]]
+    wide = [torch.nn.functional.pad(x[order], (2, 3)) for x in columns]
+    junk = ~wide[3]
+    for i in 1, 2, 4:
+        wide[i] = wide[i].masked_fill(junk, torch.nan)
+    got, metrics = objective_loss(objective, *wide[:4], logp_ref=wide[4])
+    check(got, whole, data["logp"])
+    assert all(x.isfinite() for x in metrics.values())
+
+
+def test_every_choice_has_a_loss_of_its_own(data):
+    "A choice that is not read would leave the loss as it is."
+    base = PRESETS["ppo"]
+    for part, choices in {
+        "trust": [Clip(0.2), Clip(0.1), Clip(0.2, 0.4), Penalty(1.0), Penalty(2.0),
+                  OneStep(), Radius()],
+        "kl": [NoReference(), InLoss(0.1), InLoss(0.2), InLoss(0.1, "k2")],
+        "aggregation": [Aggregation("token"), Aggregation("sample"),
+                        Aggregation("constant", 5), Aggregation("constant", 7)],
+    }.items():
+        losses = [
+            objective_loss(
+                replace(base, **{part: choice}), *rows(data), logp_ref=data["logp_ref"]
+            )[0].item()
+            for choice in choices
+        ]
+        assert len({round(x, 9) for x in losses}) == len(choices)
+
+
+def test_the_gradient_at_the_old_policy_is_that_of_every_trust_region():
+    "Before the first step all of them are the policy gradient."
+    logits = random(5, 3, 4).requires_grad_()
+    actions, advantages = torch.tensor([[1], [0], [3]]), random(6, 3, 1)
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    logp = Categorical(logits=logits[:, None]).log_prob(actions)
+    gradients = []
+    for trust in Clip(), Penalty(3.0), OneStep(), Radius():
+        objective = replace(PRESETS["ppo"], trust=trust)
+        loss, _ = objective_loss(objective, logp, logp.detach(), advantages, mask)
+        gradients += torch.autograd.grad(loss, logits, retain_graph=True)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0])
+
+
+def test_a_difference_is_a_sentence():
+    assert difference(PRESETS["grpo"], PRESETS["grpo"]) == "nothing"
+    text = difference(PRESETS["grpo"], PRESETS["dr-grpo"])
+    assert text == (
+        "advantage: reward minus the group's mean over its deviation → reward minus the "
+        "group's mean; kl: 0.04 times k3 in the loss → none; aggregation: mean over "
+        "responses of token means → sum over tokens over the longest length"
+    )
+    for a in PRESETS.values():
+        for b in PRESETS.values():
+            assert (difference(a, b) == "nothing") == (a == b)
+
+
+def test_bad_input(data):
+    with pytest.raises(ValueError, match="logp_ref must be given"):
+        objective_loss(PRESETS["grpo"], *rows(data))
+    with pytest.raises(ValueError, match="max_len must be positive"):
+        objective_loss(PRESETS["dr-grpo"], *rows(data))
+    logp, old, advantages, mask = rows(data)
+    with pytest.raises(ValueError, match="advantages must be"):
+        objective_loss(PRESETS["dapo"], logp, old, advantages[:, :2], mask)
+    with pytest.raises(ValueError, match="detached"):
+        objective_loss(PRESETS["dapo"], logp, logp, advantages, mask)
+    with pytest.raises(ValueError, match="finite"):
+        PRESETS["rloo"].rewards(torch.full((N,), torch.nan), old, mask, old)
+    with pytest.raises(ValueError, match="G at least 2"):
+        Group()(torch.zeros(N, L), mask, 1)

@@ -1,0 +1,337 @@
+"The trainer of language models: invariances of its step, resuming, and bad input."
+import copy
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from po_book import train_lm as module
+from po_book.dapo import NoSignal
+from po_book.language_model import ChainAddition, char_tokenizer, load_lm, tiny_lm
+from po_book.objective import PRESETS, Clip, Group, InLoss
+from po_book.train import Diverged
+from po_book.train_lm import LMConfig, train_lm
+
+TASK = ChainAddition(2, 3)
+SMALL = LMConfig(steps=3, prompts=4, group_size=4, max_new_tokens=6, warmup=0, lr=1e-3)
+
+
+@pytest.fixture
+def tokenizer():
+    return char_tokenizer()
+
+
+def model(seed=0):
+    return tiny_lm(char_tokenizer(), width=32, layers=2, heads=2, context=32, seed=seed)
+
+
+def count_ones(prompts, completions, **columns):
+    "A reward that differs within nearly every group of random texts."
+    return [text.count("1") + 0.1 * text.count("2") for text in completions]
+
+
+def run(objective="grpo", config=SMALL, start=None, reward=count_ones, **settings):
+    settings = {"progress": False, "device": "cpu"} | settings
+    start = model() if start is None else start
+    return train_lm(start, char_tokenizer(), TASK, reward, objective, config, **settings)
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def gradient(objective, config, batch=None, monkeypatch=None):
+    "Gradient of the first step, before it is cut or used."
+    seen = {}
+
+    def look(self, parameters, max_norm):
+        seen["g"] = torch.cat([p.grad.flatten().clone() for p in parameters])
+        return torch.tensor(0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.clip_grad_norm_", look)
+        run(objective, replace(config, steps=1, fast_cpu=False))
+    return seen["g"]
+
+
+LANGUAGE = ["rlhf-ppo", "rloo", "grpo", "dr-grpo", "dapo", "magistral", "prorl"]
+
+
+@pytest.mark.parametrize("name", ["reinforce", "a2c", "ppo-kl", "ppo", *LANGUAGE])
+def test_every_preset_learns_from_the_same_call(name):
+    done = run(name)
+    assert [row["step"] for row in done.log] == [1, 2, 3]
+    assert (weights(done.model) - weights(model())).abs().max() > 1e-4
+    assert all(math.isfinite(x) for row in done.log for x in row.values())
+    first = done.log[0]
+    assert first["approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert first.get("clip_fraction", 0) == 0
+    assert ("kl" in first) == PRESETS[name].kl.reference
+    assert ("value_loss" in first) == PRESETS[name].advantage.critic
+
+
+def test_a_few_steps_make_the_rewarded_letter_more_frequent():
+    config = replace(SMALL, steps=25, prompts=8, group_size=8, lr=3e-3)
+    done = run("dr-grpo", config)
+    _, rewards = done.curve("reward")
+    assert sum(rewards[-5:]) > 5 * sum(rewards[:5])
+
+
+@pytest.mark.parametrize("name", ["rlhf-ppo", "grpo", "dapo", "rloo"])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_do_not_change_the_gradient(name, micro_batch):
+    whole = gradient(name, SMALL)
+    parts = gradient(name, replace(SMALL, micro_batch=micro_batch))
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dr-grpo", "rloo"])
+def test_leaving_out_dead_groups_does_not_change_the_gradient(name, monkeypatch):
+    dead = ("1", "2")  # prompts that begin so have one reward for all
+
+    def reward(prompts, completions, **columns):
+        ones = count_ones(prompts, completions)
+        return [0.0 if q[0] in dead else x for q, x in zip(prompts, ones)]
+
+    config = replace(SMALL, prompts=8, steps=1)
+    grads, rows = [], []
+    score = module.token_logprobs
+
+    def counted(policy, ids, *rest, **options):
+        rows.append(len(ids))
+        return score(policy, ids, *rest, **options)
+
+    monkeypatch.setattr(module, "token_logprobs", counted)
+    monkeypatch.setattr(module, "LOOK", None, raising=False)
+    for keep_all in (False, True):
+        with monkeypatch.context() as patch:
+            if keep_all:
+                patch.setattr(module, "_with_gradient", lambda run, learner, batch: batch)
+            patch.setattr(
+                "accelerate.Accelerator.clip_grad_norm_",
+                lambda self, ps, m: grads.append(
+                    torch.cat([p.grad.flatten().clone() for p in ps])
+                ) or torch.tensor(0.0),
+            )
+            objective = replace(PRESETS[name], kl=PRESETS["dr-grpo"].kl)
+            done = run(objective, replace(config, fast_cpu=False), reward=reward)
+    assert 0 < done.log[0]["dead_groups"] < 1
+    assert rows[0] < rows[1] == 32
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
+
+
+def test_a_batch_of_dead_groups_changes_nothing():
+    done = run("dr-grpo", reward=lambda prompts, completions, **_: [1.0] * len(prompts))
+    assert torch.equal(weights(done.model), weights(model()))
+    assert [row["dead_groups"] for row in done.log] == [1, 1, 1]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another():
+    logs = [run(seed=seed).curve("reward") for seed in (0, 0, 1)]
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_inner_epochs_leave_the_old_policy():
+    done = run("grpo", replace(SMALL, epochs=2, minibatches=2, lr=1e-2))
+    assert all(row["approx_kl"] > 1e-6 for row in done.log)
+
+
+# Choices of the sampler
+
+
+def test_dynamic_sampling_fills_the_batch_with_informative_groups(monkeypatch):
+    seen = []
+    learnable = module._learnable
+
+    def look(run, learner, samples, rewards):
+        seen.append(rewards)
+        return learnable(run, learner, samples, rewards)
+
+    monkeypatch.setattr(module, "_learnable", look)
+    done = run("dapo", replace(SMALL, max_draws=50), reward=rare)
+    assert all(x.shape == (4, 4) for x in seen)
+    assert all((x != x[:, :1]).any(1).all() for x in seen)
+    assert all(row["drawn_groups"] > 4 and row["dead_groups"] > 0 for row in done.log)
+
+
+def rare(prompts, completions, **columns):
+    return [float(text.startswith("1")) for text in completions]
+
+
+def test_dynamic_sampling_stops_where_there_is_no_signal():
+    def one(prompts, completions, **columns):
+        return [1.0] * len(prompts)
+
+    with pytest.raises(NoSignal) as stopped:
+        run("dapo", replace(SMALL, max_draws=3), reward=one)
+    assert "stopped after 0 steps" in stopped.value.__notes__[0]
+
+
+def test_truncated_completions_are_left_out_of_the_loss_but_not_of_their_group():
+    plain = run("dr-grpo", replace(SMALL, steps=1))
+    dropped = run("dr-grpo", replace(SMALL, steps=1, drop_truncated=True))
+    assert 0 < plain.log[0]["truncated"] < 1
+    assert plain.log[0]["reward"] == dropped.log[0]["reward"]
+    assert plain.log[0]["grad_norm"] != dropped.log[0]["grad_norm"]
+
+
+def test_the_soft_penalty_is_part_of_the_reward():
+    config = replace(SMALL, steps=1)
+    plain, punished = run(config=config), run(config=replace(config, overlong_cache=3))
+    assert punished.log[0]["reward"] < plain.log[0]["reward"]
+
+
+def test_resetting_the_reference_brings_the_divergence_back_to_zero():
+    config = replace(SMALL, steps=4, lr=1e-2)
+    kept, reset = (run(config=replace(config, reset_reference=n)).curve("kl")[1]
+                   for n in (0, 2))
+    assert kept[:2] == reset[:2]
+    assert kept[2] > 1e-3 and reset[2] == pytest.approx(0, abs=1e-9)
+
+
+# Nothing is lost
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(tmp_path):
+    config = replace(SMALL, steps=6, checkpoint_every=2, minibatches=2, reset_reference=3)
+    for name in "grpo", "rlhf-ppo":
+        whole = run(name, config, out=tmp_path / f"{name}-whole")
+
+        def stop(row):
+            if row["step"] == 5:
+                raise KeyboardInterrupt
+
+        out = tmp_path / name
+        with pytest.raises(KeyboardInterrupt):
+            run(name, config, out=out, report=stop)
+        assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-00000004"]
+        again = run(name, config, out=out, resume=True)
+        skip = {"seconds", "tokens_per_second", "sampling"}
+        a, b = ([{k: x for k, x in row.items() if k not in skip} for row in r.log]
+                for r in (whole, again))
+        assert a == b
+        assert torch.equal(weights(whole.model), weights(again.model))
+        saved, _ = load_lm(out / "model")
+        assert torch.equal(weights(saved), weights(again.model))
+        rows = (out / "log.csv").read_text().splitlines()
+        assert len(rows) == 7 and rows[0].startswith("step,seconds,reward")
+
+
+def test_a_checkpoint_cut_short_is_not_taken_for_one(tmp_path):
+    config = replace(SMALL, steps=4, checkpoint_every=2)
+
+    def stop(row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config=config, out=tmp_path, report=stop)
+    half = tmp_path / "checkpoint.part"
+    shutil.copytree(tmp_path / "checkpoint-00000002", half)
+    (half / "model.safetensors").write_bytes(b"half")
+    done = run(config=config, out=tmp_path, resume=True)
+    assert [row["step"] for row in done.log] == [1, 2, 3, 4]
+    assert not half.exists()
+
+
+def test_what_was_asked_is_written_down(tmp_path):
+    run("dapo", out=tmp_path, asked={"task": "chain-addition"})
+    asked = json.loads((tmp_path / "run.json").read_text())
+    assert asked["task"] == "chain-addition" and asked["seed"] == 0
+    assert asked["config"]["group_size"] == 4
+    assert asked["objective"]["trust"] == {"is": "Clip", "low": 0.2, "high": 0.28}
+    with pytest.raises(ValueError, match="holds a run already"):
+        run("dapo", out=tmp_path)
+
+
+def test_the_settings_of_the_process_are_left_as_they_were():
+    start = model()
+    before = torch.get_float32_matmul_precision(), start.config._attn_implementation
+    state = torch.get_rng_state()
+    run("rlhf-ppo", start=start)
+    assert before == (torch.get_float32_matmul_precision(), start.config._attn_implementation)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not start.training
+
+
+def test_the_fast_paths_of_the_cpu_are_close_to_the_plain_ones():
+    plain, fast = (run(config=replace(SMALL, steps=1, fast_cpu=x)) for x in (False, True))
+    assert plain.log[0]["reward"] == fast.log[0]["reward"]
+    norms = [x.log[0]["grad_norm"] for x in (plain, fast)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_scores_are_of_held_out_problems():
+    config = replace(SMALL, eval_every=2, eval_prompts=8, eval_samples=2)
+    steps, success = run(config=config).curve("success")
+    assert steps == [2] and 0 <= success[0] <= 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(steps=0), "steps must be positive, got 0"),
+        (dict(lr=float("nan")), "lr must be positive, got nan"),
+        (dict(micro_batch=-1), "micro_batch must be 0 or more"),
+        (dict(minibatches=3), "minibatches must divide prompts 4, got 3"),
+        (dict(overlong_cache=6), "overlong_cache must be below max_new_tokens 6, got 6"),
+    ],
+)
+def test_settings_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    "objective, change, message",
+    [
+        ("gropo", {}, "objective must be one of .*, got 'gropo'"),
+        ("trpo", {}, "a Radius needs steps of its own"),
+        ("rloo", dict(epochs=2), "OneStep takes one gradient step a batch"),
+        ("grpo", dict(group_size=1), "group_size must be at least 2, got 1"),
+        ("grpo", dict(max_new_tokens=60), "the model's context is 32"),
+    ],
+)
+def test_objectives_and_settings_that_do_not_fit(objective, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(objective, replace(SMALL, **change))
+
+
+def test_rewards_that_are_missing_or_wrong_are_named():
+    def silent(prompts, completions, **_):
+        return [None] * len(prompts)
+
+    def nan(prompts, completions, **_):
+        return [float("nan")] * len(prompts)
+
+    def broken(prompts, completions, **_):
+        return [1 / (len(text) - len(text)) for text in completions]
+
+    with pytest.raises(ValueError, match="says nothing about row 0"):
+        run(reward=silent)
+    with pytest.raises(ValueError, match="finite rewards"):
+        run(reward=nan)
+    with pytest.raises(ZeroDivisionError) as failed:
+        run(reward=broken)
+    assert "reward function broken failed on row 0" in failed.value.__notes__[0]
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path):
+    start = model()
+
+    def poison(row):
+        if row["step"] == 2:
+            with torch.no_grad():
+                start.lm_head.weight.fill_(torch.nan)
+
+    config = replace(SMALL, steps=4, checkpoint_every=1)
+    with pytest.raises((Diverged, ValueError)) as failed:
+        run(config=config, out=tmp_path, start=start, report=poison)
+    assert f"its last checkpoint is in {tmp_path}" in failed.value.__notes__[0]
