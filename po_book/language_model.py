@@ -555,6 +555,10 @@ class Task(ABC):
     def verify(self, prompt: str, completion: str) -> bool:
         "Whether the response answers the prompt."
 
+    def columns(self, prompts: list[str]) -> dict[str, list]:
+        "What a reward may want to know besides, one entry a prompt."
+        return {}
+
     def prompts(self, n: int, seed: int = 0, held_out: bool = False) -> list[str]:
         """`n` problems, all from the part for training or all from the other.
 
