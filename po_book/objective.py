@@ -7,8 +7,7 @@ __all__ = ['PRESETS', 'Returns', 'Critic', 'Group', 'LeaveOneOut', 'OneStep', 'R
            'InReward', 'InLoss', 'Aggregation', 'Objective', 'objective_loss', 'difference']
 
 # %% ../nbs/18_unified.ipynb #cbb7b136
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -30,44 +29,89 @@ from po_book.ppo import (
 from .rlhf import kl_rewards, token_gae
 from .value_based import _like
 
-# %% ../nbs/18_unified.ipynb #cb91269a
+# %% ../nbs/18_unified.ipynb #c3ed17f0
 @dataclass(frozen=True)
 class Returns:
-    "The reward to come, without a baseline."
+    """The reward to come, without a baseline.
+
+    Source: Williams 1992.
+    """
 
     gamma: float = 1.0  # discount
     critic: ClassVar[bool] = False
     words: ClassVar[str] = "the return to come"
 
-    def __call__(self, rewards, mask, group_size=1, values=None):
-        return token_gae(rewards, torch.zeros_like(rewards), mask, self.gamma, 1.0), None
+    def __call__(
+        self,
+        rewards: Float[Tensor, "N L"],  # of tokens
+        mask: Bool[Tensor, "N L"],      # true at tokens of the completions
+        group_size: int = 1,            # not used
+        values: Float[Tensor, "N L"] | None = None,  # not used
+    ) -> tuple[Float[Tensor, "N L"], None]:
+        """Advantages, and no targets.
 
-# %% ../nbs/18_unified.ipynb #819583af
+        Raises: `ValueError` as `token_gae` does.
+        """
+        nothing = torch.zeros_like(rewards)
+        return token_gae(rewards, nothing, mask, self.gamma, 1.0), None
+
+# %% ../nbs/18_unified.ipynb #39b9f80e
 @dataclass(frozen=True)
 class Critic:
-    "Generalised advantage estimation with a learnt value of every state."
+    """Generalised advantage estimation with a learnt value of every state.
 
-    gamma: float = 1.0      # discount
-    lam: float = 0.95       # $\\lambda$; 0 trusts the critic, 1 the rewards
+    Source: Schulman et al. 2016.
+    """
+
+    gamma: float = 1.0       # discount
+    lam: float = 0.95        # $\lambda$; 0 trusts the critic, 1 the rewards
     value_coef: float = 0.5  # weight of the value loss
-    normalize: bool = True  # to mean 0 and deviation 1 over the batch
+    normalize: bool = True   # to mean 0 and deviation 1 over the batch
     critic: ClassVar[bool] = True
 
     @property
     def words(self) -> str:
-        return f"GAE of a critic, λ = {self.lam:g}"
+        "The choice in words."
+        return f"GAE of a critic, γ = {self.gamma:g}, λ = {self.lam:g}"
 
-    def __call__(self, rewards, mask, group_size, values):
+    def __call__(
+        self,
+        rewards: Float[Tensor, "N L"],  # of tokens
+        mask: Bool[Tensor, "N L"],      # true at tokens of the completions
+        group_size: int,                # not used
+        values: Float[Tensor, "N L"],   # of the prefix before each token
+    ) -> tuple[Float[Tensor, "N L"], Float[Tensor, "N L"]]:
+        """Advantages, and $\\lambda$-returns for the critic, which are not normalised.
+
+        Raises: `ValueError` without values, and as `token_gae` does.
+        """
+        if values is None:
+            raise ValueError("values must be given with a critic, got None")
         advantages = token_gae(rewards, values, mask, self.gamma, self.lam)
         targets = advantages + values * mask
         if self.normalize:
             advantages = normalize(advantages, mask) * mask
         return advantages, targets
 
-# %% ../nbs/18_unified.ipynb #c3ed17f0
+# %% ../nbs/18_unified.ipynb #c8d155c3
+def _totals(
+    rewards: Float[Tensor, "N L"],  # of tokens
+    group_size: int,                # adjacent rows of one prompt
+) -> Float[Tensor, "P G"]:
+    "What each response was paid, a row a prompt."
+    if group_size < 1 or len(rewards) % group_size:
+        rule = f"must be positive and divide the {len(rewards)} rows"
+        raise ValueError(f"group_size {rule}, got {group_size}")
+    return rewards.sum(1).view(-1, group_size)
+
+# %% ../nbs/18_unified.ipynb #888f9f92
 @dataclass(frozen=True)
 class Group:
-    "The reward of a response relative to its group."
+    """The reward of a response relative to its group.
+
+    Source: Shao et al. 2024; Liu et al. 2025 for "none", Yu et al. 2025 for
+    `informative_only`.
+    """
 
     scale: Literal["group", "batch", "none"] = "group"  # whose deviation divides
     informative_only: bool = False  # sample until all groups have different rewards
@@ -75,82 +119,153 @@ class Group:
 
     @property
     def words(self) -> str:
+        "The choice in words."
         by = {"group": " over its deviation", "batch": " over the batch's deviation"}
         only = ", informative groups only" if self.informative_only else ""
         return f"reward minus the group's mean{by.get(self.scale, '')}{only}"
 
-    def __call__(self, rewards, mask, group_size, values=None):
-        totals = rewards.sum(1).view(-1, group_size)
-        advantages = group_advantages(totals, self.scale).view(-1, 1)
-        return advantages * mask, None
+    def __call__(
+        self,
+        rewards: Float[Tensor, "N L"],  # of tokens
+        mask: Bool[Tensor, "N L"],      # true at tokens of the completions
+        group_size: int,                # adjacent rows of one prompt
+        values: Float[Tensor, "N L"] | None = None,  # not used
+    ) -> tuple[Float[Tensor, "N L"], None]:
+        """Advantages, and no targets.
 
-# %% ../nbs/18_unified.ipynb #51d63fb8
+        Raises: `ValueError` as `group_advantages` does, and if groups are not whole.
+        """
+        totals = _totals(rewards, group_size)
+        return group_advantages(totals, self.scale).view(-1, 1) * mask, None
+
+# %% ../nbs/18_unified.ipynb #c23c696d
 @dataclass(frozen=True)
 class LeaveOneOut:
-    "The reward of a response minus the mean of the others of its group."
+    """The reward of a response minus the mean of the others of its group.
+
+    Source: Kool, van Hoof and Welling 2019; Ahmadian et al. 2024.
+    """
 
     critic: ClassVar[bool] = False
     words: ClassVar[str] = "reward minus the mean of the others"
 
-    def __call__(self, rewards, mask, group_size, values=None):
-        advantages = leave_one_out(rewards.sum(1).view(-1, group_size)).view(-1, 1)
+    def __call__(
+        self,
+        rewards: Float[Tensor, "N L"],  # of tokens
+        mask: Bool[Tensor, "N L"],      # true at tokens of the completions
+        group_size: int,                # adjacent rows of one prompt
+        values: Float[Tensor, "N L"] | None = None,  # not used
+    ) -> tuple[Float[Tensor, "N L"], None]:
+        """Advantages, and no targets.
+
+        Raises: `ValueError` as `leave_one_out` does, and if groups are not whole.
+        """
+        advantages = leave_one_out(_totals(rewards, group_size)).view(-1, 1)
         return advantages * mask, None
 
-# %% ../nbs/18_unified.ipynb #39b9f80e
+# %% ../nbs/18_unified.ipynb #593a86af
 @dataclass(frozen=True)
 class OneStep:
-    "No trust region: one gradient step, then fresh samples."
+    """No trust region: one gradient step, then fresh samples.
+
+    Source: Williams 1992; Mnih et al. 2016.
+    """
 
     words: ClassVar[str] = "none, one step"
 
-    def __call__(self, logp, logp_old, advantages):
+    def __call__(
+        self,
+        logp: Float[Tensor, "*shape"],        # $\log\pi_\theta$
+        logp_old: Float[Tensor, "*shape"],    # not used
+        advantages: Float[Tensor, "*shape"],  # $\hat A$
+    ) -> Float[Tensor, "*shape"]:
+        "What is maximised, of every token."
         return logp * advantages
 
-
+# %% ../nbs/18_unified.ipynb #e71d893f
 @dataclass(frozen=True)
 class Radius:
-    "The divergence from the old policy stays within a radius; the step sees to it."
+    """The divergence from the old policy stays within a radius; the step sees to it.
 
-    max_kl: float = 0.01  # $\\delta_{KL}$, nats
+    Source: Schulman et al. 2015.
+    """
+
+    max_kl: float = 0.01  # $\delta_{KL}$, nats
 
     @property
     def words(self) -> str:
+        "The choice in words."
         return f"mean KL from the old policy at most {self.max_kl:g}"
 
-    def __call__(self, logp, logp_old, advantages):
+    def __call__(
+        self,
+        logp: Float[Tensor, "*shape"],        # $\log\pi_\theta$
+        logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}$
+        advantages: Float[Tensor, "*shape"],  # $\hat A$
+    ) -> Float[Tensor, "*shape"]:
+        """What is maximised, of every token.
+
+        Raises: `ValueError` as `ratio` does.
+        """
         return ratio(logp, logp_old) * advantages
 
-
+# %% ../nbs/18_unified.ipynb #4359dff1
 @dataclass(frozen=True)
 class Penalty:
-    "The divergence from the old policy costs."
+    """The divergence from the old policy costs.
+
+    Source: Schulman et al. 2017, equation 8.
+    """
 
     beta: float = 1.0  # price of a nat
 
     @property
     def words(self) -> str:
+        "The choice in words."
         return f"{self.beta:g} times the KL from the old policy subtracted"
 
-    def __call__(self, logp, logp_old, advantages):
+    def __call__(
+        self,
+        logp: Float[Tensor, "*shape"],        # $\log\pi_\theta$
+        logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}$
+        advantages: Float[Tensor, "*shape"],  # $\hat A$
+    ) -> Float[Tensor, "*shape"]:
+        """What is maximised, of every token.
+
+        Raises: `ValueError` as `kl_penalty` does.
+        """
         return kl_penalty(logp, logp_old, advantages, self.beta)
 
-
+# %% ../nbs/18_unified.ipynb #a2eb5802
 @dataclass(frozen=True)
 class Clip:
-    "No gain from leaving a band of the ratio."
+    """No gain from leaving a band of the ratio.
 
-    low: float = 0.2          # $\\epsilon_{low}$
-    high: float | None = None  # $\\epsilon_{high}$; None takes low
+    Source: Schulman et al. 2017, equation 7; Yu et al. 2025 for two bounds.
+    """
+
+    low: float = 0.2           # $\epsilon_{low}$
+    high: float | None = None  # $\epsilon_{high}$; None takes low
 
     @property
     def words(self) -> str:
+        "The choice in words."
         high = self.low if self.high is None else self.high
         return f"ratio clipped to {1 - self.low:g} to {1 + high:g}"
 
-    def __call__(self, logp, logp_old, advantages):
+    def __call__(
+        self,
+        logp: Float[Tensor, "*shape"],        # $\log\pi_\theta$
+        logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}$
+        advantages: Float[Tensor, "*shape"],  # $\hat A$
+    ) -> Float[Tensor, "*shape"]:
+        """What is maximised, of every token.
+
+        Raises: `ValueError` as `clipped_surrogate` does.
+        """
         return clipped_surrogate(logp, logp_old, advantages, self.low, self.high)
 
-# %% ../nbs/18_unified.ipynb #68650450
+# %% ../nbs/18_unified.ipynb #e26dbdd0
 @dataclass(frozen=True)
 class NoReference:
     "Nothing holds the policy back."
@@ -158,22 +273,29 @@ class NoReference:
     reference: ClassVar[bool] = False
     words: ClassVar[str] = "none"
 
-
+# %% ../nbs/18_unified.ipynb #52b84de6
 @dataclass(frozen=True)
 class InReward:
-    "Every token pays for its log-ratio to the reference."
+    """Every token pays for its log-ratio to the reference.
+
+    Source: Ziegler et al. 2019; Ouyang et al. 2022.
+    """
 
     beta: float = 0.05  # price of a nat, in units of reward
     reference: ClassVar[bool] = True
 
     @property
     def words(self) -> str:
+        "The choice in words."
         return f"{self.beta:g} times the log-ratio off the reward of every token"
 
-
+# %% ../nbs/18_unified.ipynb #1533b690
 @dataclass(frozen=True)
 class InLoss:
-    "An estimate of the divergence from the reference is part of the loss."
+    """An estimate of the divergence from the reference is part of the loss.
+
+    Source: Shao et al. 2024.
+    """
 
     beta: float = 0.04  # weight of a nat
     kind: Literal["k1", "k2", "k3"] = "k3"
@@ -181,18 +303,24 @@ class InLoss:
 
     @property
     def words(self) -> str:
+        "The choice in words."
         return f"{self.beta:g} times {self.kind} in the loss"
 
-# %% ../nbs/18_unified.ipynb #c8d155c3
+# %% ../nbs/18_unified.ipynb #434c57b6
 @dataclass(frozen=True)
 class Aggregation:
-    "What a token weighs."
+    """What a token weighs.
+
+    Source: Shao et al. 2024 ("sample"), Yu et al. 2025 ("token"), Liu et al. 2025
+    ("constant").
+    """
 
     how: Literal["sample", "token", "constant"] = "token"
     max_len: int | None = None  # divides with constant; None: the longest allowed
 
     @property
     def words(self) -> str:
+        "The choice in words."
         if self.how == "constant":
             over = "the longest length" if self.max_len is None else self.max_len
             return "sum over tokens" + ("" if over == 1 else f" over {over}")
@@ -200,13 +328,20 @@ class Aggregation:
             "sample": "mean over responses of token means", "token": "mean over tokens"
         }[self.how]
 
-    def __call__(self, mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
+    def __call__(
+        self,
+        mask: Bool[Tensor, "N L"],  # true at tokens of the completions
+    ) -> Float[Tensor, "N L"]:
+        """Weights of tokens, 0 outside the mask.
+
+        Raises: `ValueError` as `token_weights` does.
+        """
         return token_weights(mask, self.how, self.max_len)
 
-# %% ../nbs/18_unified.ipynb #4175e4b0
+# %% ../nbs/18_unified.ipynb #e8ac4aef
 @dataclass(frozen=True)
 class Objective:
-    "The four choices."
+    "The four choices of {eq}`eq-unified-objective`."
 
     advantage: Returns | Critic | Group | LeaveOneOut
     trust: OneStep | Radius | Penalty | Clip
@@ -222,20 +357,25 @@ class Objective:
     ) -> Float[Tensor, "N L"]:
         """Rewards of tokens, with what the reference costs.
 
-        Raises: `ValueError` as `kl_rewards` does.
+        Raises: `ValueError` without a reference that is wanted, and as `kl_rewards`.
         """
-        if isinstance(self.kl, InReward):
-            return kl_rewards(rewards, logp, logp_ref, mask, self.kl.beta)
-        return kl_rewards(rewards, logp, logp, mask, 0.0)
+        if not isinstance(self.kl, InReward):
+            return kl_rewards(rewards, logp, logp, mask, 0.0)
+        if logp_ref is None:
+            raise ValueError(f"logp_ref must be given for {self.kl}, got None")
+        return kl_rewards(rewards, logp, logp_ref, mask, self.kl.beta)
 
     def __call__(
         self,
-        logp: Float[Tensor, "N L"],      # $\\log\\pi_\\theta$ of each token
+        logp: Float[Tensor, "N L"],      # $\log\pi_\theta$ of each token
         logp_old: Float[Tensor, "N L"],  # the same under the policy that sampled
         advantages: Float[Tensor, "*shape"],  # [N, L], or [N] for one a response
         logp_ref: Float[Tensor, "N L"] | None = None,  # under the reference
     ) -> Float[Tensor, "N L"]:
-        "What is maximised, of every token, before the aggregation."
+        """What is maximised, of every token, before the aggregation.
+
+        Raises: `ValueError` without a reference that is wanted, and as the parts do.
+        """
         gain = self.trust(logp, logp_old, _per_token(advantages, logp))
         if not isinstance(self.kl, InLoss) or not self.kl.beta:
             return gain
@@ -243,10 +383,10 @@ class Objective:
             raise ValueError(f"logp_ref must be given for {self.kl}, got None")
         return gain - self.kl.beta * kl_estimate(logp, logp_ref, self.kl.kind)
 
-# %% ../nbs/18_unified.ipynb #593a86af
+# %% ../nbs/18_unified.ipynb #dbc81e4b
 def objective_loss(
     objective: Objective,
-    logp: Float[Tensor, "N L"],      # $\\log\\pi_\\theta$ of each token
+    logp: Float[Tensor, "N L"],      # $\log\pi_\theta$ of each token
     logp_old: Float[Tensor, "N L"],  # the same under the policy that sampled
     advantages: Float[Tensor, "*shape"],  # [N, L], or [N] for one a response
     mask: Bool[Tensor, "N L"],       # true at tokens of the completions
@@ -254,12 +394,15 @@ def objective_loss(
     logp_ref: Float[Tensor, "N L"] | None = None,  # under the reference
     weights: Float[Tensor, "N L"] | None = None,  # of a larger batch these rows are of
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Loss of a batch, and detached metrics: means over tokens.
+    """Minus {eq}`eq-unified-objective`, and detached metrics: means over tokens.
+
+    What stands outside the mask reaches neither.
 
     Raises: `ValueError` if shapes do not fit, and as the parts do.
     """
     advantages = _per_token(advantages, logp)
-    _like("logp", logp, logp_old=logp_old, logp_ref=logp_ref, mask=mask, weights=weights)
+    _like("logp", logp, logp_old=logp_old, logp_ref=logp_ref, mask=mask)
+    _like("logp", logp, weights=weights)
     weights = objective.aggregation(mask) if weights is None else weights
     logp, logp_old, advantages, logp_ref = _keep(
         mask, logp, logp_old, advantages, logp_ref
@@ -299,13 +442,19 @@ PRESETS: dict[str, Objective] = {
 }
 
 # %% ../nbs/18_unified.ipynb #41bd51e9
+def _change(a: object, b: object) -> str:
+    "From one choice to another: in words, or in full where the words are equal."
+    before, after = (a.words, b.words) if a.words != b.words else (repr(a), repr(b))
+    return f"{before} → {after}"
+
+# %% ../nbs/18_unified.ipynb #e0b66c34
 def difference(
     a: Objective,
     b: Objective,
 ) -> str:
     "What changes from `a` to `b`, in words."
     changes = [
-        f"{f.name}: {getattr(a, f.name).words} → {getattr(b, f.name).words}"
+        f"{f.name}: {_change(getattr(a, f.name), getattr(b, f.name))}"
         for f in fields(Objective)
         if getattr(a, f.name) != getattr(b, f.name)
     ]

@@ -14,6 +14,7 @@ from po_book.objective import (
     Critic,
     Group,
     InLoss,
+    LeaveOneOut,
     NoReference,
     OneStep,
     Penalty,
@@ -251,3 +252,58 @@ def test_bad_input(data):
         PRESETS["rloo"].rewards(torch.full((N,), torch.nan), old, mask, old)
     with pytest.raises(ValueError, match="G at least 2"):
         Group()(torch.zeros(N, L), mask, 1)
+
+
+# Words, and what is refused
+
+
+def test_equal_words_for_different_choices_are_spelled_out():
+    changed = replace(PRESETS["ppo"], advantage=Critic(0.99, normalize=False))
+    text = difference(PRESETS["ppo"], changed)
+    assert "normalize=True" in text and "normalize=False" in text
+    between = difference(PRESETS["ppo"], PRESETS["rlhf-ppo"])
+    assert between.startswith("advantage: GAE of a critic, γ = 0.99, λ = 0.95 → GAE")
+    for a in PRESETS.values():
+        for b in PRESETS.values():
+            for change in difference(a, b).split("; "):
+                before, _, after = change.partition(": ")[2].partition(" → ")
+                assert before != after or change == "nothing"
+
+
+@pytest.mark.parametrize(
+    "name, right, wrong",
+    [
+        ("reinforce", 1 / 2, 0),
+        ("rloo", 1 / 2, -1 / 2),
+        ("grpo", 1 / 2, -1 / 6),
+        ("dapo", 1 / 4, -1 / 4),
+        ("dr-grpo", 1 / 12, -1 / 12),
+    ],
+)
+def test_the_weight_of_a_score_is_the_one_computed_by_hand(name, right, wrong):
+    "A right response of one token and a wrong one of three, before the first step."
+    objective = PRESETS[name]
+    if name == "dr-grpo":
+        objective = replace(objective, aggregation=Aggregation("constant", 3))
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    logp = torch.full((2, 3), -1.0, dtype=torch.float64, requires_grad=True)
+    old = logp.detach()
+    paid = objective.rewards(torch.tensor([1.0, 0.0]).double(), old, mask, old)
+    advantages, _ = objective.advantage(paid, mask, 2)
+    loss, _ = objective_loss(objective, logp, old, advantages, mask, logp_ref=old)
+    (slope,) = torch.autograd.grad(loss, logp)
+    want = torch.tensor([[right, 0, 0], [wrong] * 3]).double()
+    torch.testing.assert_close(-slope, want, rtol=0, atol=1e-5)
+
+
+def test_advantages_say_what_they_miss(data):
+    mask, old = data["mask"], data["logp_old"]
+    for choice in Group(), LeaveOneOut():
+        with pytest.raises(ValueError, match="divide the 8 rows, got 3"):
+            choice(torch.zeros(N, L), mask, 3)
+        with pytest.raises(ValueError, match="must be positive .* got 0"):
+            choice(torch.zeros(N, L), mask, 0)
+    with pytest.raises(ValueError, match="values must be given with a critic"):
+        Critic()(torch.zeros(N, L), mask, G, None)
+    with pytest.raises(ValueError, match="logp_ref must be given for InReward"):
+        PRESETS["rloo"].rewards(torch.ones(N), old, mask)
