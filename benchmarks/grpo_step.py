@@ -12,8 +12,6 @@ trainers take turns, a few steps each.
 
 import copy
 import logging
-import resource
-import subprocess
 import sys
 import warnings
 from statistics import median
@@ -24,7 +22,7 @@ import torch
 from provenance import record
 
 from po_book.language_model import ChainAddition, char_tokenizer, sft, tiny_lm
-from po_book.objective import PRESETS, Clip, Group, InLoss, NoReference, Objective, Aggregation
+from po_book.objective import Aggregation, Clip, Group, InLoss, NoReference, Objective
 from po_book.train_lm import LMConfig, train_lm
 
 PROMPTS, GROUP, NEW, STEPS, TURNS = 8, 8, 16, 12, 2
@@ -40,7 +38,8 @@ def ours(model, tokenizer, beta: float) -> list[float]:
     kl = InLoss(beta) if beta else NoReference()
     objective = Objective(Group(), Clip(), kl, Aggregation("token"))
     config = LMConfig(
-        steps=STEPS, prompts=PROMPTS, group_size=GROUP, max_new_tokens=NEW, lr=1e-6, warmup=0
+        steps=STEPS, prompts=PROMPTS, group_size=GROUP, max_new_tokens=NEW, lr=1e-6, epochs=1,
+        minibatches=1,
     )
     times = [perf_counter()]
     train_lm(

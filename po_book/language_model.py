@@ -673,7 +673,7 @@ def sft(
     completions: list[str],    # what to answer; the end token is added
     steps: int,                # gradient steps
     batch_size: int = 64,
-    lr: float = 2e-3,          # at the start; falls linearly to zero
+    lr: float = 1e-3,          # of AdamW, constant
     generator: torch.Generator | None = None,  # of the order of the examples
 ) -> list[float]:
     """Teach `model` to answer; the loss {eq}`eq-lm-sft` at each step.
@@ -689,8 +689,7 @@ def sft(
     _check_fit(model, [q + a for q, a in zip(questions, answers)], 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     losses = []
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+    for _ in range(steps):
         rows = torch.randint(len(prompts), (batch_size,), generator=generator)
         part = _cut(data, rows.to(model.device))
         real = part.attention_mask

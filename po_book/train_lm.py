@@ -60,16 +60,17 @@ if TYPE_CHECKING:
 class LMConfig:
     "Settings of a run, beside its objective."
 
-    steps: int = 100           # batches of samples
-    prompts: int = 16          # of a batch, in each process
+    steps: int = 400           # batches of samples
+    prompts: int = 32          # of a batch, in each process
     group_size: int = 8        # completions $G$ of each prompt
     max_new_tokens: int = 32   # longest completion, its end token included
     temperature: float = 1.0   # of the samples
-    epochs: int = 1            # passes over a batch
-    minibatches: int = 1       # gradient steps a pass
+    epochs: int = 2            # passes over a batch
+    minibatches: int = 2       # gradient steps a pass
     micro_batch: int = 0       # prompts a forward pass; 0: all of a minibatch
     lr: float = 1e-4           # learning rate of AdamW
     warmup: int = 10           # steps in which it rises to that
+    anneal: bool = True        # let it fall to zero towards the last step
     max_grad_norm: float = 1.0  # longest gradient, Euclidean norm
     max_draws: int = 10        # calls of the sampler for a batch of informative groups
     drop_truncated: bool = False  # leave completions that were cut off out of the loss
@@ -451,8 +452,11 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
     "One batch of samples, the gradient steps on it, and its row in the log."
     config, start = run.config, perf_counter()
     step = len(run.log) + 1
+    pace = min(1, step / (config.warmup + 1))
+    if config.anneal:
+        pace *= 1 - (step - 1) / config.steps
     for group in learner.optimizer.param_groups:
-        group["lr"] = config.lr * min(1, step / (config.warmup + 1))
+        group["lr"] = config.lr * pace
     prompts, samples, rewards, facts = _sample_batch(run, learner)
     batch = _learnable(run, learner, samples, rewards)
     sampled = perf_counter()
@@ -525,7 +529,7 @@ def _save(run: LMRun, learner: LMLearner, out: Path) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(part)
+    accelerator.save_state(part, safe_serialization=False)  # weights may be tied
     own = {
         "log": run.log,
         "asked": learner.asked,

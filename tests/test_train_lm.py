@@ -16,7 +16,10 @@ from po_book.train import Diverged
 from po_book.train_lm import LMConfig, train_lm
 
 TASK = ChainAddition(2, 3)
-SMALL = LMConfig(steps=3, prompts=4, group_size=4, max_new_tokens=6, warmup=0, lr=1e-3)
+SMALL = LMConfig(
+    steps=3, prompts=4, group_size=4, max_new_tokens=6, warmup=0, lr=1e-3, epochs=1,
+    minibatches=1, anneal=False,
+)
 
 
 @pytest.fixture
@@ -232,7 +235,7 @@ def test_a_checkpoint_cut_short_is_not_taken_for_one(tmp_path):
         run(config=config, out=tmp_path, report=stop)
     half = tmp_path / "checkpoint.part"
     shutil.copytree(tmp_path / "checkpoint-00000002", half)
-    (half / "model.safetensors").write_bytes(b"half")
+    (half / "pytorch_model.bin").write_bytes(b"half")
     done = run(config=config, out=tmp_path, resume=True)
     assert [row["step"] for row in done.log] == [1, 2, 3, 4]
     assert not half.exists()
