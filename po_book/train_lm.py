@@ -203,28 +203,28 @@ class LMLearner:
 # %% ../nbs/19_small_lm.ipynb #7b06be51
 def _draw_groups(
     learner: LMLearner, config: LMConfig, n: int, seed: int
-) -> tuple[list[str], Samples, Float[Tensor, "n G"]]:
-    "Fresh prompts, completions of them, and their rewards."
+) -> tuple[list[str], Samples, Float[Tensor, "n G"], Float[Tensor, "n G"]]:
+    "Fresh prompts, completions of them, what the reward says, and what is paid."
     rank = learner.accelerator.process_index
     prompts = learner.task.prompts(n, seed=hash((seed, rank, learner.asked)))
     learner.asked += n
-    samples = sample(
-        learner.policy, learner.tokenizer, prompts, config.group_size,
-        config.max_new_tokens, config.temperature, generator=learner.generator,
-    )
+    with learner.accelerator.autocast():
+        samples = sample(
+            learner.policy, learner.tokenizer, prompts, config.group_size,
+            config.max_new_tokens, config.temperature, generator=learner.generator,
+        )
     asked = [prompt for prompt in prompts for _ in range(config.group_size)]
     texts, columns = samples.texts(learner.tokenizer), learner.task.columns(asked)
     values = score(learner.reward, asked, texts, **columns)
     if None in values:
         i = values.index(None)
         raise ValueError(f"the reward says nothing about row {i}, {asked[i]!r}")
-    rewards = torch.tensor(values)
-    if config.overlong_cache:
-        lengths = samples.mask.sum(1).cpu()
-        rewards = rewards + soft_overlong_penalty(
-            lengths, config.max_new_tokens, config.overlong_cache
-        )
-    return prompts, samples, rewards.view(n, config.group_size)
+    verdicts = torch.tensor(values).view(n, config.group_size)
+    if not config.overlong_cache:
+        return prompts, samples, verdicts, verdicts
+    size = config.max_new_tokens, config.overlong_cache
+    penalty = soft_overlong_penalty(samples.mask.sum(1).cpu(), *size)
+    return prompts, samples, verdicts, verdicts + penalty.view_as(verdicts)
 
 # %% ../nbs/19_small_lm.ipynb #d95488cd
 def _sample_batch(
@@ -234,23 +234,26 @@ def _sample_batch(
     config, G = run.config, run.config.group_size
 
     if not getattr(run.objective.advantage, "informative_only", False):
-        prompts, samples, rewards = _draw_groups(learner, config, config.prompts, run.seed)
-        dead = 1 - informative(rewards).double().mean().item() if G > 1 else 0.0
+        drawn = _draw_groups(learner, config, config.prompts, run.seed)
+        prompts, samples, verdicts, rewards = drawn
+        dead = 1 - informative(verdicts).double().mean().item() if G > 1 else 0.0
         return prompts, samples, rewards, {"dead_groups": dead}
     live = 0
 
     def draw(n: int) -> tuple[list, Tensor]:
         nonlocal live
-        prompts, samples, rewards = _draw_groups(learner, config, n, run.seed)
-        live += int(informative(rewards).sum())
+        # A penalty for length tells responses apart, but teaches nothing of the answer.
+        prompts, samples, verdicts, rewards = _draw_groups(learner, config, n, run.seed)
+        live += int(informative(verdicts).sum())
         rows = torch.arange(n * G, device=samples.ids.device).view(n, G)
-        return [(p, samples.rows(r)) for p, r in zip(prompts, rows)], rewards
+        parts = map(samples.rows, rows)
+        return list(zip(prompts, parts, rewards)), verdicts
 
     filled = fill_groups(draw, config.prompts, config.max_draws)
-    prompts, parts = zip(*filled.groups)
+    prompts, parts, rewards = zip(*filled.groups)
     samples = join(parts, pad_token_id(learner.tokenizer))
     facts = {"dead_groups": 1 - live / filled.drawn, "drawn_groups": filled.drawn}
-    return list(prompts), samples, filled.rewards, facts
+    return list(prompts), samples, torch.stack(rewards), facts
 
 # %% ../nbs/19_small_lm.ipynb #216150b2
 def _everywhere(
@@ -458,7 +461,8 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
     for group in learner.optimizer.param_groups:
         group["lr"] = config.lr * pace
     prompts, samples, rewards, facts = _sample_batch(run, learner)
-    batch = _learnable(run, learner, samples, rewards)
+    with learner.accelerator.autocast():
+        batch = _learnable(run, learner, samples, rewards)
     sampled = perf_counter()
     metrics = _improve(run, learner, batch)
     if config.reset_reference and step % config.reset_reference == 0:

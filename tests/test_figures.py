@@ -8,12 +8,15 @@ import pytest
 
 import po_book.figures as figures
 from conftest import ROOT
-from po_book.figures import recorded, recorded_table, spread, spread_curves
+from po_book.figures import recorded, recorded_finals, recorded_table, spread, spread_curves
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from record import RECORDS, settings  # noqa: E402
+import record  # noqa: E402
+import record_lm  # noqa: E402
 
 NAMES = {path.stem for path in (ROOT / "results").glob("*.csv")}
+RECORDS = {name: module for module in (record, record_lm) for name in module.RECORDS}
+SCORE = {record: "score", record_lm: "success"}  # the column that each module calls so
 
 
 def test_spread_curves_meets_every_run_where_all_were_measured():
@@ -39,7 +42,8 @@ def provenance(name: str) -> dict:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_was_made_with_the_settings_that_the_code_has_now(name):
-    assert provenance(name)["settings"] == json.loads(json.dumps(settings(name)))
+    settings = RECORDS[name].settings(name)
+    assert provenance(name)["settings"] == json.loads(json.dumps(settings))
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - RECORDS.keys()))
@@ -56,14 +60,15 @@ def test_a_recorded_table_says_where_it_comes_from_and_is_shown_whole(name, monk
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_record_is_complete_and_says_where_it_comes_from(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "nbs")
-    runs = recorded(name)
+    module = RECORDS[name]
+    runs = recorded(name, SCORE[module])
     note = provenance(name)
     assert {"device", "torch", "date", "commit", "seeds"} <= note.keys()
     settings = note.pop("settings")
     assert " ".join(capsys.readouterr().out.split()) == ", ".join(note.values())
     assert runs.keys() == settings.keys()
     for curves in runs.values():
-        assert len(curves) == RECORDS[name].seeds
+        assert len(curves) == module.RECORDS[name].seeds
         for steps, scores in curves:
             assert (np.diff(steps) > 0).all() and np.isfinite(scores).all()
 
@@ -83,3 +88,43 @@ def test_without_a_clone_a_record_comes_from_the_published_repository(monkeypatc
     assert {url.rsplit("/", 1)[0] for url in asked} == {
         "https://raw.githubusercontent.com/po-book/po_book/main/results"
     }
+
+
+@pytest.fixture
+def small_record(monkeypatch, tmp_path):
+    "Two variants of two seeds and of one; the second has no kl, nor has one row."
+    rows = ["variant,seed,steps,score,kl,peak_mb"]
+    rows += ["a,0,10,1,0.5,900", "a,0,20,2,,900", "a,0,30,3,0.25,1234.5"]
+    rows += ["a,1,10,5,4,900", "a,1,30,8,0.75,800", "b,0,10,-0.5,,100"]
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "small.csv").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "results" / "small.json").write_text('{"device": "GPU"}', encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "nbs")
+
+
+def test_a_column_is_read_without_the_rows_that_have_nothing_there(small_record):
+    runs = recorded("small", "kl")
+    assert runs.keys() == {"a"}  # b has no row with it
+    first, second = runs["a"]
+    np.testing.assert_array_equal(first, [[10, 30], [0.5, 0.25]])
+    np.testing.assert_array_equal(second, [[10, 30], [4, 0.75]])
+    np.testing.assert_array_equal(recorded("small")["a"][0], [[10, 20, 30], [1, 2, 3]])
+
+
+def test_last_values_are_medians_and_ranges_over_seeds(small_record, capsys):
+    table = recorded_finals("small", ["score", "kl", "peak_mb"])
+    assert capsys.readouterr().out == "GPU\n"
+    assert table.rows == [
+        {"variant": "a", "score": "5.5 (3 to 8)", "kl": "0.5 (0.25 to 0.75)",
+         "peak_mb": "1,017 (800 to 1,234)"},
+        {"variant": "b", "score": "-0.5 (-0.5 to -0.5)", "kl": "–",
+         "peak_mb": "100 (100 to 100)"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("read", [recorded, lambda name, key: recorded_finals(name, ["kl", key])])
+def test_an_unknown_column_is_refused_with_the_names_of_those_there_are(small_record, read):
+    columns = "variant, seed, steps, score, kl, peak_mb"
+    with pytest.raises(ValueError, match=f"key must be a column of small: {columns}; got 'lenght'"):
+        read("small", "lenght")

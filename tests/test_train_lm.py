@@ -1,17 +1,20 @@
 "The trainer of language models: invariances of its step, resuming, and bad input."
-import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from po_book import train_lm as module
 from po_book.dapo import NoSignal
 from po_book.language_model import ChainAddition, char_tokenizer, load_lm, tiny_lm
-from po_book.objective import PRESETS, Clip, Group, InLoss
+from po_book.objective import PRESETS
 from po_book.train import Diverged
 from po_book.train_lm import LMConfig, train_lm
 
@@ -46,7 +49,7 @@ def weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def gradient(objective, config, batch=None, monkeypatch=None):
+def gradient(objective, config):
     "Gradient of the first step, before it is cut or used."
     seen = {}
 
@@ -109,7 +112,6 @@ def test_leaving_out_dead_groups_does_not_change_the_gradient(name, monkeypatch)
         return score(policy, ids, *rest, **options)
 
     monkeypatch.setattr(module, "token_logprobs", counted)
-    monkeypatch.setattr(module, "LOOK", None, raising=False)
     for keep_all in (False, True):
         with monkeypatch.context() as patch:
             if keep_all:
@@ -172,6 +174,23 @@ def test_dynamic_sampling_stops_where_there_is_no_signal():
     with pytest.raises(NoSignal) as stopped:
         run("dapo", replace(SMALL, max_draws=3), reward=one)
     assert "stopped after 0 steps" in stopped.value.__notes__[0]
+
+
+def test_informative_is_what_the_reward_says_not_what_length_costs(monkeypatch):
+    "Responses of a hopeless group differ in their penalty, and are drawn again."
+    seen = []
+    learnable = module._learnable
+
+    def look(run, learner, samples, rewards):
+        seen.append((samples.texts(learner.tokenizer), rewards))
+        return learnable(run, learner, samples, rewards)
+
+    monkeypatch.setattr(module, "_learnable", look)
+    run("dapo", replace(SMALL, max_draws=50, overlong_cache=3), reward=rare)
+    for texts, rewards in seen:
+        verdicts = torch.tensor(rare(texts, texts)).view(4, 4)
+        assert (verdicts != verdicts[:, :1]).any(1).all()
+        assert (rewards <= verdicts).all() and (rewards < verdicts).any()
 
 
 def test_truncated_completions_are_left_out_of_the_loss_but_not_of_their_group():
@@ -338,3 +357,95 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path):
     with pytest.raises((Diverged, ValueError)) as failed:
         run(config=config, out=tmp_path, start=start, report=poison)
     assert f"its last checkpoint is in {tmp_path}" in failed.value.__notes__[0]
+
+
+# Several processes
+
+SHARED = """
+import sys, torch
+from dataclasses import replace
+from accelerate import Accelerator
+sys.path.insert(0, {tests!r})
+import test_train_lm as t
+from po_book import train_lm as module
+
+torch.set_num_threads(1)
+kept, learn, cut = {{}}, module._learnable, Accelerator.clip_grad_norm_
+
+def look(run, learner, samples, rewards):
+    kept["batch"] = batch = learn(run, learner, samples, rewards)
+    kept["rank"], kept["rewards"] = learner.accelerator.process_index, rewards
+    kept["batch"] = {{name: x.clone() for name, x in batch.items()}}
+    return batch
+
+def clip(self, parameters, longest):
+    parameters = list(parameters)
+    kept["gradient"] = torch.cat([p.grad.flatten() for p in parameters])
+    return cut(self, parameters, longest)
+
+module._learnable, Accelerator.clip_grad_norm_ = look, clip
+done = t.run({name!r}, replace(t.SMALL, steps=1, micro_batch=3, fast_cpu=False))
+kept["weights"] = t.weights(done.model)
+torch.save(kept, {out!r} + "/" + str(kept["rank"]) + ".pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["magistral", "rlhf-ppo"])
+def test_two_processes_take_the_step_of_one_on_both_batches(name, tmp_path):
+    script = tmp_path / "shared.py"
+    here = str(Path(__file__).parent)
+    script.write_text(SHARED.format(tests=here, name=name, out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))
+    assert torch.equal(one["weights"], two["weights"])
+    assert torch.equal(one["gradient"], two["gradient"])
+    assert not torch.equal(one["batch"]["ids"][:, :4], two["batch"]["ids"][:, :4])
+
+    def widen(x, before, length):
+        return torch.nn.functional.pad(x, (before, length - x.shape[1] - before))
+
+    starts = [int(x["batch"]["mask"].any(0).int().argmax()) for x in (one, two)]
+    before = [max(starts) - n for n in starts]
+    length = max(x["batch"]["ids"].shape[1] + n for x, n in zip((one, two), before))
+    batch = {
+        key: torch.cat([widen(x["batch"][key], n, length) for x, n in zip((one, two), before)])
+        for key in one["batch"]
+    }
+    rewards = torch.cat([one["rewards"], two["rewards"]])
+    config = replace(SMALL, prompts=8, fast_cpu=False)
+    alone = module.LMRun(PRESETS[name], config, 0, model())
+    learner = module._learner(alone, char_tokenizer(), TASK, count_ones, "cpu")
+    values = torch.zeros_like(batch["logp_old"])  # of a critic that has not learned yet
+    paid = alone.objective.rewards(
+        rewards.flatten(), batch["logp_old"], batch["mask"], batch.get("logp_ref")
+    )
+    advantages, _ = alone.objective.advantage(paid, batch["mask"], 4, values)
+    torch.testing.assert_close(batch["advantages"], advantages, atol=1e-6, rtol=1e-5)
+    seen = {}
+
+    def clip(self, parameters, longest):
+        seen["gradient"] = torch.cat([p.grad.flatten() for p in parameters])
+        return torch.tensor(0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.clip_grad_norm_", clip)
+        module._gradient_step(alone, learner, batch)
+    assert seen["gradient"].abs().max() > 1e-3
+    torch.testing.assert_close(one["gradient"], seen["gradient"], atol=1e-6, rtol=1e-4)
+
+
+def test_in_mixed_precision_sampler_and_learner_round_alike(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        done = run("grpo", replace(SMALL, lr=1e-2))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    plain = run("grpo", replace(SMALL, lr=1e-2))
+    assert {p.dtype for p in done.model.parameters()} == {torch.float32}
+    assert done.log[0]["grad_norm"] != plain.log[0]["grad_norm"]
+    assert done.log[0]["approx_kl"] < 1e-4 and done.log[0]["clip_fraction"] < 0.01
