@@ -10,22 +10,24 @@ function of the text that differs within every group, so that no group is dead. 
 trainers take turns, a few steps each.
 """
 
-import copy
 import logging
 import sys
 import warnings
+from itertools import product
+from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
 from provenance import record
+from trl import __version__ as trl_version
 
-from po_book.language_model import ChainAddition, char_tokenizer, sft, tiny_lm
+from po_book.language_model import ChainAddition, char_tokenizer, load_lm, sft, tiny_lm
 from po_book.objective import Aggregation, Clip, Group, InLoss, NoReference, Objective
 from po_book.train_lm import LMConfig, train_lm
 
-PROMPTS, GROUP, NEW, STEPS, TURNS = 8, 8, 16, 12, 2
+PROMPTS, GROUP, NEW, STEPS, TURNS = 8, 8, 16, 12, 3
 
 
 def reward(prompts, completions, **columns) -> list[float]:
@@ -79,38 +81,44 @@ def trl(model, tokenizer, beta: float) -> list[float]:
     return [1e3 * (b - a) for a, b in zip(times[2:], times[3:])]
 
 
-def models(tokenizer):
-    "A fine-tuned model, and one that never ends."
-    task, tuned, endless = ChainAddition(3, 5), tiny_lm(tokenizer), tiny_lm(tokenizer)
+def save_models(folder: Path) -> dict[str, Path]:
+    "A fine-tuned model, and one whose end token is no output of it."
+    task, tokenizer = ChainAddition(3, 5), char_tokenizer()
+    tuned, endless = tiny_lm(tokenizer), tiny_lm(tokenizer)
     prompts = task.prompts(5000)
     solutions = [task.solution(prompt) for prompt in prompts]
     sft(tuned, tokenizer, prompts, solutions, 150, generator=torch.Generator().manual_seed(0))
-    endless.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
-    with torch.no_grad():
-        endless.lm_head.bias[tokenizer.eos_token_id] = -1e4
-    return {"fine-tuned": tuned, "random, no end": endless}
+    tuned.save_pretrained(folder / "tuned")
+    tokenizer.save_pretrained(folder / "tuned")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    endless.config.eos_token_id = endless.generation_config.eos_token_id = len(tokenizer) - 1
+    endless.save_pretrained(folder / "endless")
+    tokenizer.save_pretrained(folder / "endless")
+    return {"fine-tuned": folder / "tuned", "random, no end": folder / "endless"}
 
 
 def main(threads: int, recording: bool) -> None:
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    tokenizer, rows = char_tokenizer(), []
-    for name, model in models(tokenizer).items():
-        for beta in (0.0, 0.04):
+    rows = []
+    with TemporaryDirectory() as folder:
+        for (name, path), beta in product(save_models(Path(folder)).items(), (0.0, 0.04)):
             times = {"TRL": [], "po_book": []}
             for _ in range(TURNS):
-                times["TRL"] += trl(copy.deepcopy(model), tokenizer, beta)
-                times["po_book"] += ours(copy.deepcopy(model), tokenizer, beta)
-            mid = {trainer: median(x) for trainer, x in times.items()}
-            rows.append({
-                "model": name, "beta": beta, "threads": threads,
-                "TRL (ms)": round(mid["TRL"], 1), "po_book (ms)": round(mid["po_book"], 1),
-                "ratio": round(mid["TRL"] / mid["po_book"], 2),
-                "fastest, TRL (ms)": round(min(times["TRL"]), 1),
-                "fastest, po_book (ms)": round(min(times["po_book"]), 1),
-            })
-            print(rows[-1], flush=True)
+                times["TRL"] += trl(*load_lm(path), beta)
+                times["po_book"] += ours(*load_lm(path), beta)
+            rows += [
+                [name, beta, trainer, f"{min(ms):.0f}", f"{median(ms):.0f}",
+                 f"{median(ms) / median(times['po_book']):.2f}"]
+                for trainer, ms in times.items()
+            ]
+    columns = ["model", "beta", "trainer", "ms, min", "ms, median", "over po_book's"]
+    for row in [columns, *rows]:
+        print("{:16}{:>6}  {:10}{:>9}{:>12}{:>16}".format(*row))
+    if recording:
+        versions = {"trl": f"trl {trl_version}", "threads": f"{threads} threads"}
+        record("grpo_step", columns, rows, **versions)
 
 
 if __name__ == "__main__":

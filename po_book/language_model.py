@@ -720,8 +720,10 @@ def success_rate(
     samples: int = 1,  # completions $k$ of each prompt
 ) -> float:
     "Share of sampled completions that answer their prompt: with several, avg@$k$."
-    size, asked = (samples, max_new_tokens), [q for q in prompts for _ in range(samples)]
-    drawn = sample(model, tokenizer, prompts, *size, generator=generator)
+    drawn = sample(
+        model, tokenizer, prompts, samples, max_new_tokens, generator=generator
+    )
+    asked = [prompt for prompt in prompts for _ in range(samples)]
     return sum(map(task.verify, asked, drawn.texts(tokenizer))) / len(asked)
 
 # %% ../nbs/12_language_model.ipynb #9700ab21

@@ -31,8 +31,10 @@ from po_book.language_model import (
     Samples,
     Task,
     ValueModel,
+    _shared_columns,
     join,
     pad_token_id,
+    prefix_states,
     sample,
     success_rate,
     token_logprobs,
@@ -161,6 +163,29 @@ def _number(text: str) -> float | str:
         return text
 
 # %% ../nbs/19_small_lm.ipynb #eb5964d4
+def _logp(
+    model: "PreTrainedModel",
+    part: dict[str, Tensor],  # rows of a batch
+    temperature: float,
+    group_size: int,          # adjacent rows share a prompt
+) -> Float[Tensor, "N L"]:
+    "Log-probability of every token of the completions."
+    ids, mask, real = (part[name] for name in ("ids", "mask", "attention_mask"))
+    return token_logprobs(
+        model, ids, mask, temperature, attention_mask=real, group_size=group_size
+    )
+
+
+def _values(
+    critic: ValueModel, part: dict[str, Tensor], group_size: int
+) -> Float[Tensor, "N L"]:
+    "Value of the prefix before every token of the completions."
+    ids, mask, real = (part[name] for name in ("ids", "mask", "attention_mask"))
+    shared = _shared_columns(ids, mask, real, group_size)
+    states = prefix_states(critic.trunk, ids, real, group_size, shared)
+    return critic(ids, real, states) * mask
+
+# %% ../nbs/19_small_lm.ipynb #ebcffba7
 class ActorCritic(nn.Module):
     "All that is trained: the policy, and a critic where the objective wants one."
 
@@ -173,14 +198,10 @@ class ActorCritic(nn.Module):
         part: dict[str, Tensor],  # rows of a batch
         temperature: float,
         group_size: int,          # adjacent rows share a prompt
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Float[Tensor, "N L"], Float[Tensor, "N L"] | None]:
         "Log-probability of every token, and the value of the prefix before it."
-        rows = part["ids"], part["attention_mask"]
-        logp = token_logprobs(
-            self.policy, part["ids"], part["mask"], temperature,
-            attention_mask=part["attention_mask"], group_size=group_size,
-        )
-        return logp, None if self.critic is None else self.critic(*rows)
+        logp = _logp(self.policy, part, temperature, group_size)
+        return logp, self.critic and _values(self.critic, part, group_size)
 
 # %% ../nbs/19_small_lm.ipynb #dea80ded
 @dataclass
@@ -270,6 +291,12 @@ def _everywhere(
     return tuple(x if x is None else x[first : first + n, :length] for x in parts)
 
 # %% ../nbs/19_small_lm.ipynb #8736848e
+def _parts(batch: dict[str, Tensor], config: LMConfig) -> list[dict[str, Tensor]]:
+    "A batch cut into what goes through the networks at once."
+    size = (config.micro_batch or config.prompts) * config.group_size
+    return [dict(zip(batch, x)) for x in zip(*(x.split(size) for x in batch.values()))]
+
+# %% ../nbs/19_small_lm.ipynb #b3ac2d89
 @torch.no_grad()
 def _learnable(
     run: LMRun, learner: LMLearner, samples: Samples, rewards: Float[Tensor, "P G"]
@@ -278,11 +305,14 @@ def _learnable(
     objective, config = run.objective, run.config
     mask, logp = samples.mask, samples.logps
     batch = {"ids": samples.ids, "attention_mask": samples.attention_mask, "mask": mask}
+    parts, values = _parts(batch, config), torch.zeros_like(logp)
     if learner.reference is not None:
-        batch["logp_ref"] = _scored(learner.reference, batch, config)
-    values = torch.zeros_like(logp)
+        how = config.temperature, config.group_size
+        scored = [_logp(learner.reference, part, *how) for part in parts]
+        batch["logp_ref"] = torch.cat(scored)
     if learner.critic is not None:
-        values = learner.critic(samples.ids, samples.attention_mask) * mask
+        valued = [_values(learner.critic, part, config.group_size) for part in parts]
+        values = torch.cat(valued)
     flat = rewards.flatten().to(logp)
     paid = objective.rewards(flat, logp, mask, batch.get("logp_ref"))
 
@@ -298,21 +328,6 @@ def _learnable(
         batch["mask"] = drop_truncated(mask, samples.finished)
     return batch
 
-# %% ../nbs/19_small_lm.ipynb #b3ac2d89
-def _scored(
-    model: "PreTrainedModel", batch: dict[str, Tensor], config: LMConfig
-) -> Float[Tensor, "N L"]:
-    "Log-probabilities of a batch under a model that does not learn."
-    size = (config.micro_batch or config.prompts) * config.group_size
-    parts = zip(*(batch[k].split(size) for k in ("ids", "mask", "attention_mask")))
-    return torch.cat([
-        token_logprobs(
-            model, ids, mask, config.temperature, attention_mask=real,
-            group_size=config.group_size,
-        )
-        for ids, mask, real in parts
-    ])
-
 # %% ../nbs/19_small_lm.ipynb #14ed6f93
 def _gradient_step(
     run: LMRun, learner: LMLearner, batch: dict[str, Tensor]
@@ -326,8 +341,7 @@ def _gradient_step(
     (batch["weights"],) = _everywhere(accelerator, weigh, batch["mask"])
     batch = _with_gradient(run, learner, batch)
     tokens = batch["mask"].sum().clamp(min=1)
-    size = (config.micro_batch or config.prompts) * config.group_size
-    parts = [dict(zip(batch, x)) for x in zip(*(x.split(size) for x in batch.values()))]
+    parts = _parts(batch, config)
     total: dict[str, Tensor] = {}
     for i, part in enumerate(parts):
         with _sync_at_end(learner, i == len(parts) - 1):
@@ -374,7 +388,7 @@ def _part_loss(
     )
     if values is None:
         return loss, metrics
-    error = value_loss(values * mask, part["targets"])
+    error = value_loss(values, part["targets"])
     metrics["value_loss"] = masked_mean(error.detach(), mask)
     return loss + objective.advantage.value_coef * (part["weights"] * error).sum(), metrics
 
@@ -483,10 +497,10 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
         "sampling": (sampled - start) / seconds,
     }
     row |= facts | metrics
-    texts = samples.texts(learner.tokenizer)[: config.group_size]
+    first = samples.rows(torch.arange(config.group_size)).texts(learner.tokenizer)
     run.examples = [
         {"prompt": prompts[0], "completion": text, "reward": r}
-        for text, r in zip(texts, rewards[0].tolist())
+        for text, r in zip(first, rewards[0].tolist())
     ]
     if config.eval_every and step % config.eval_every == 0:
         row["success"] = _evaluate(run, learner, step)
