@@ -58,7 +58,7 @@ def preset(name: str, **choices) -> Objective:
 
 
 METHODS = LMConfig(steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500)
-HARD = replace(METHODS, steps=80, eval_samples=4, eval_prompts=200)
+HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
 SOFT = replace(HARD, overlong_cache=4)
@@ -87,7 +87,7 @@ RECORDS = {
     }),
     "rlhf_beta": Record(START["task"], 3, {
         f"β = {beta}": Variant(
-            preset("rlhf-ppo", kl=InReward(beta)), replace(METHODS, steps=60)
+            preset("rlhf-ppo", kl=InReward(beta)), replace(METHODS, steps=40)
         )
         for beta in (0.0, 0.1, 1.0)
     }),

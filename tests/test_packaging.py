@@ -52,9 +52,22 @@ def test_every_module_imports_without_development_dependencies(python, tmp_path)
 
 def test_the_example_of_the_readme_solves_cartpole(python, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     printed = run(python, "-c", example, cwd=tmp_path).stdout
     assert float(re.search(r"tensor\((.*)\)", printed)[1]) >= 475
+
+
+def test_the_other_example_teaches_a_language_model(python, tmp_path):
+    "With fewer steps."
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    short = example.replace("steps=400", "steps=2").replace(
+        'objective="grpo")', 'objective="grpo", config=LMConfig(steps=1, prompts=4))'
+    )
+    assert short.count("steps=2") == short.count("LMConfig") == 1
+    code = "from po_book.train_lm import LMConfig\nrun = " + short[short.rindex("train_lm(") :]
+    code = short[: short.rindex("train_lm(")] + code + "\nprint(run.log)"
+    assert "'reward'" in run(python, "-c", code, cwd=tmp_path).stdout
 
 
 def test_importing_the_package_is_free(python, tmp_path):
@@ -66,9 +79,12 @@ def test_the_commands_of_the_readme_work(python, tmp_path):
     "With a shorter training, and without the video, whose drawing is an extra of gymnasium."
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^po-book .*", readme, re.M)]
-    assert [words[1] for words in commands] == ["train", "resume", "evaluate", "plot"]
+    names = ["train", "resume", "evaluate", "plot", "train"]
+    assert [words[1] for words in commands] == names
     commands[0] += ["--total-steps", "3000"]
+    commands[4] += ["--sft-steps", "2", "--steps", "1", "--prompts", "4"]
     commands[2] = commands[2][: commands[2].index("--video")]
     said = [run(python.parent / words[0], *words[1:], cwd=tmp_path).stdout for words in commands]
     assert "transitions; fresh episodes: mean" in said[0] and said[0] == said[1]
-    assert said[2].startswith("mean ") and (tmp_path / "curves.svg").exists()
+    assert "fresh episodes: mean" in said[2] and (tmp_path / "curves.svg").exists()
+    assert "held-out" in said[4]

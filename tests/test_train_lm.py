@@ -326,6 +326,11 @@ def test_objectives_and_settings_that_do_not_fit(objective, change, message):
         run(objective, replace(SMALL, **change))
 
 
+def test_without_a_folder_there_is_nothing_to_resume():
+    with pytest.raises(ValueError, match="out must be the folder of the run to resume"):
+        run(resume=True)
+
+
 def test_rewards_that_are_missing_or_wrong_are_named():
     def silent(prompts, completions, **_):
         return [None] * len(prompts)
@@ -362,7 +367,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path):
 # Several processes
 
 SHARED = """
-import sys, torch
+import os, sys, time, torch
 from dataclasses import replace
 from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
@@ -384,7 +389,9 @@ def clip(self, parameters, longest):
     return cut(self, parameters, longest)
 
 module._learnable, Accelerator.clip_grad_norm_ = look, clip
-done = t.run({name!r}, replace(t.SMALL, steps=1, micro_batch=3, fast_cpu=False))
+time.sleep(int(os.environ["RANK"]))  # the second comes when the first could have begun
+config = replace(t.SMALL, steps=1, micro_batch=3, fast_cpu=False)
+done = t.run({name!r}, config, out={out!r} + "/run")
 kept["weights"] = t.weights(done.model)
 torch.save(kept, {out!r} + "/" + str(kept["rank"]) + ".pt")
 """
@@ -402,6 +409,7 @@ def test_two_processes_take_the_step_of_one_on_both_batches(name, tmp_path):
     one, two = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))
     assert torch.equal(one["weights"], two["weights"])
     assert torch.equal(one["gradient"], two["gradient"])
+    assert (tmp_path / "run" / "checkpoint-00000001" / "process-1.pt").exists()
     assert not torch.equal(one["batch"]["ids"][:, :4], two["batch"]["ids"][:, :4])
 
     def widen(x, before, length):
