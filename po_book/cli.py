@@ -78,7 +78,14 @@ from po_book.train import (
     resume,
     train,
 )
-from .train_lm import LMConfig, LMRun, WordProblems, _checked, train_lm
+from po_book.train_lm import (
+    LMConfig,
+    LMRun,
+    WordProblems,
+    _checked,
+    default_lm_config,
+    train_lm,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -292,7 +299,7 @@ class Language:
     config: LMConfig
     task: str                 # chain-addition, countdown, or a .jsonl file of problems
     model: str | None = None  # folder, or name on the hub; none: a tiny one is taught
-    sft_steps: int = 260      # gradient steps that teach the tiny one
+    sft_steps: int = 400      # gradient steps that teach the tiny one
     reward: str | None = None  # FILE.py:function or module:function; none: the task's
     seed: int = 0             # of the tiny one, prompts and samples
     device: Literal["auto", "cpu"] = "auto"  # auto is an accelerator if there is one
@@ -575,7 +582,7 @@ def _jobs(env: str) -> Iterator[object]:
     for name in LANGUAGE:
         words = (f"{k}: {choice.words}" for k, choice in vars(PRESETS[name]).items())
         what = f"Takes --task. {'; '.join(words)}."
-        job = Language(name, PRESETS[name], LMConfig(), MISSING)
+        job = Language(name, PRESETS[name], default_lm_config(name), MISSING)
         yield Annotated[Language, subcommand(name, default=job, description=what)]
 
 # %% ../nbs/23_command_line.ipynb #c7e4f548

@@ -1,6 +1,7 @@
 "The trainer of language models: invariances of its step, resuming, and bad input."
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from po_book import train_lm as module
 from po_book.dapo import NoSignal
 from po_book.language_model import ChainAddition, char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS
 from po_book.train import Diverged
-from po_book.train_lm import LMConfig, train_lm
+from po_book.train_lm import LMConfig, WordProblems, default_lm_config, train_lm
 
 TASK = ChainAddition(2, 3)
 SMALL = LMConfig(
@@ -138,6 +140,14 @@ def test_a_batch_of_dead_groups_changes_nothing():
 def test_the_same_seed_gives_the_same_run_and_another_another():
     logs = [run(seed=seed).curve("reward") for seed in (0, 0, 1)]
     assert logs[0] == logs[1] != logs[2]
+
+
+def test_every_preset_has_settings_that_it_allows():
+    for name in ["reinforce", "a2c", "ppo-kl", "ppo", *LANGUAGE]:
+        config = default_lm_config(name)
+        module._checked(PRESETS[name], config)
+        assert config == default_lm_config(PRESETS[name])
+    assert default_lm_config("rloo").epochs == 1 < default_lm_config("grpo").epochs
 
 
 def test_inner_epochs_leave_the_old_policy():
@@ -457,3 +467,73 @@ def test_in_mixed_precision_sampler_and_learner_round_alike(monkeypatch):
     assert {p.dtype for p in done.model.parameters()} == {torch.float32}
     assert done.log[0]["grad_norm"] != plain.log[0]["grad_norm"]
     assert done.log[0]["approx_kl"] < 1e-4 and done.log[0]["clip_fraction"] < 0.01
+
+
+# Other models, other problems
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_model_that_was_saved_learns_word_problems(kind, tmp_path):
+    tokenizer = char_tokenizer("0123456789+=? Whatisum,.")
+    sizes = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                 bos_token_id=None, pad_token_id=None)
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        saved = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **sizes))
+    else:
+        saved = Qwen2ForCausalLM(Qwen2Config(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, **sizes,
+        ))
+    saved.save_pretrained(tmp_path / "model")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(
+        json.dumps({"prompt": f"What is {a} + {b}?", "answer": a + b}) + "\n"
+        for a in range(6) for b in range(6)
+    ))
+    lm, its = load_lm(tmp_path / "model")
+    seen = []
+
+    def digits(prompts, completions, answer, **columns):
+        seen.extend(zip(prompts, answer))
+        return [float(sum(x.isdigit() for x in text)) for text in completions]
+
+    config = replace(SMALL, steps=2, eval_every=2, eval_prompts=4)
+    start = weights(lm)
+    done = train_lm(lm, its, WordProblems(problems), digits, "grpo", config,
+                    device="cpu", progress=False)
+    assert (weights(lm) - start).abs().max() > 1e-4
+    assert "success" in done.log[-1]
+    for prompt, answer in seen:
+        a, b = re.findall(r"\d", prompt)
+        assert answer == str(int(a) + int(b))
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [("so it is 12", True), ("12", True), ("12.0.", True), ("1,2", True), ("21", False),
+     ("12 or 13", False), ("", False), ("twelve", False)],
+)
+def test_a_word_problem_is_solved_by_its_last_number(tmp_path, completion, right):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "7+5?", "answer": 12}\n')
+    assert WordProblems(path).verify("7+5?", completion) is right
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "line 1 must be a JSON object"),
+        ('{"prompt": "a"}', "line 1 must be .* KeyError"),
+        ("[1]", "line 1 must be"),
+        ('{"prompt": "a", "answer": 1}\n{"prompt": "a", "answer": 2}', "line 2: .* another answer"),
+        ("", "no problems"),
+    ],
+)
+def test_files_of_word_problems_that_cannot_be_read(tmp_path, text, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        WordProblems(path)
