@@ -32,7 +32,7 @@ from po_book.objective import (
 )
 from po_book.train_lm import LMConfig, train_lm
 
-START = dict(task=ChainAddition(3, 5), steps=420, lr=1e-3)  # what every run begins with
+TAUGHT = ChainAddition(3, 5)  # what the model that runs begin with has seen solved
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ class Record:
     task: ChainAddition
     seeds: int
     variants: dict[str, Variant]
-    threads: int = 1  # of each run
+    threads: int = 1    # of each run
+    steps: int = 420    # of fine-tuning before it
+    lr: float = 1e-3    # and its learning rate
+
+    @property
+    def start(self) -> str:
+        return f"start: {self.steps} steps of sft on {TAUGHT}, rate {self.lr:g}"
 
 
 def preset(name: str, **choices) -> Objective:
@@ -65,16 +71,18 @@ SOFT = replace(HARD, overlong_cache=4)
 HIGHER = replace(NAIVE, trust=Clip(0.2, 0.28))
 TOKEN = replace(HIGHER, aggregation=Aggregation("token"))
 RECORDS = {
-    "lm_methods": Record(START["task"], 3, {
+    "lm_methods": Record(TAUGHT, 3, {
         "PPO": Variant(preset("rlhf-ppo"), METHODS),
         "RLOO": Variant(preset("rloo", trust=Clip()), METHODS),
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
         "DAPO": Variant(preset("dapo"), METHODS),
     }),
-    "grpo_long": Record(START["task"], 3, {
-        "GRPO": Variant(preset("grpo"), replace(METHODS, steps=400)),
-    }, threads=2),
+    "grpo_long": Record(TAUGHT, 3, {
+        "GRPO": Variant(
+            preset("grpo", kl=NoReference()), replace(METHODS, steps=500, eval_every=25)
+        ),
+    }, threads=2, steps=460, lr=5e-4),
     "lm_ablation": Record(ChainAddition(3, 7), 3, {
         "naive GRPO": Variant(NAIVE, HARD),
         "+ overlong filtering": Variant(NAIVE, FILTER),
@@ -85,7 +93,7 @@ RECORDS = {
             replace(TOKEN, advantage=Group(informative_only=True)), SOFT
         ),
     }),
-    "rlhf_beta": Record(START["task"], 3, {
+    "rlhf_beta": Record(TAUGHT, 3, {
         f"β = {beta}": Variant(
             preset("rlhf-ppo", kl=InReward(beta)), replace(METHODS, steps=40)
         )
@@ -95,13 +103,12 @@ RECORDS = {
 NOT_MEANS = {"step", "seconds", "success"}
 
 
-def teach(folder: str) -> None:
+def teach(steps: int, lr: float, folder: str) -> None:
     "Save the model that every run starts from."
-    task, tokenizer = START["task"], char_tokenizer()
-    model, prompts = tiny_lm(tokenizer), task.prompts(20_000)
-    order = torch.Generator().manual_seed(0)
-    solutions = [task.solution(prompt) for prompt in prompts]
-    sft(model, tokenizer, prompts, solutions, START["steps"], lr=START["lr"], generator=order)
+    tokenizer, prompts = char_tokenizer(), TAUGHT.prompts(20_000)
+    model, order = tiny_lm(tokenizer), torch.Generator().manual_seed(0)
+    solutions = [TAUGHT.solution(prompt) for prompt in prompts]
+    sft(model, tokenizer, prompts, solutions, steps, lr=lr, generator=order)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -141,7 +148,7 @@ def runs(name: str, processes: int) -> Iterator[list[dict]]:
     wanted = list(product(RECORDS[name].variants, range(RECORDS[name].seeds)))
     context = get_context("spawn")
     with TemporaryDirectory() as folder:
-        teach(folder)
+        teach(RECORDS[name].steps, RECORDS[name].lr, folder)
         with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
             jobs = [pool.submit(scores, name, *x, folder) for x in wanted]
             for job, (variant, seed) in zip(jobs, wanted):
@@ -164,7 +171,8 @@ def main(name: str, processes: str = "1") -> None:
         for row in rows
     ]
     seeds = f"seeds 0 to {RECORDS[name].seeds - 1}"
-    record(name, columns, table, seeds=seeds, settings=settings(name))
+    start = RECORDS[name].start
+    record(name, columns, table, seeds=seeds, start=start, settings=settings(name))
 
 
 if __name__ == "__main__":
