@@ -662,12 +662,9 @@ def train_lm(
     elif out is not None:
         _claim(run, learner.accelerator, out, asked or {})
     models = run.model, learner.critic and learner.critic.trunk, learner.reference
-    start = dict(total=config.steps, initial=len(run.log), unit=" steps")
-    with (
-        tqdm(**start, disable=not progress) as bar,
-        _explained(run, out),
-        _fast_cpu(*models if config.fast_cpu else ()),
-    ):
+    fast = _fast_cpu(*models if config.fast_cpu else ())
+    known = dict(total=config.steps, initial=len(run.log), unit=" steps")
+    with tqdm(**known, disable=not progress) as bar, _explained(run, out), fast:
         _loop(run, learner, out, bar, report)
     if out is not None and learner.accelerator.is_main_process:
         model.save_pretrained(out / "model")
