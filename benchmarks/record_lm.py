@@ -32,7 +32,7 @@ from po_book.objective import (
 )
 from po_book.train_lm import LMConfig, train_lm
 
-TAUGHT = ChainAddition(3, 5)  # what the model that runs begin with has seen solved
+ADDITION = ChainAddition(3, 5)
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class Record:
     seeds: int
     variants: dict[str, Variant]
     threads: int = 1    # of each run
-    steps: int = 420    # of fine-tuning before it
+    taught: ChainAddition = ADDITION  # what the model has seen solved before
+    steps: int = 420    # of fine-tuning on it
     lr: float = 1e-3    # and its learning rate
 
     @property
     def start(self) -> str:
-        return f"start: {self.steps} steps of sft on {TAUGHT}, rate {self.lr:g}"
+        return f"start: {self.steps} steps of sft on {self.taught}, rate {self.lr:g}"
 
 
 def preset(name: str, **choices) -> Objective:
@@ -71,14 +72,14 @@ SOFT = replace(HARD, overlong_cache=4)
 HIGHER = replace(NAIVE, trust=Clip(0.2, 0.28))
 TOKEN = replace(HIGHER, aggregation=Aggregation("token"))
 RECORDS = {
-    "lm_methods": Record(TAUGHT, 3, {
+    "lm_methods": Record(ADDITION, 3, {
         "PPO": Variant(preset("rlhf-ppo"), METHODS),
         "RLOO": Variant(preset("rloo", trust=Clip()), METHODS),
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
         "DAPO": Variant(preset("dapo"), METHODS),
     }),
-    "grpo_long": Record(TAUGHT, 3, {
+    "grpo_long": Record(ADDITION, 3, {
         "GRPO": Variant(
             preset("grpo", kl=NoReference()), replace(METHODS, steps=500, eval_every=25)
         ),
@@ -93,7 +94,7 @@ RECORDS = {
             replace(TOKEN, advantage=Group(informative_only=True)), SOFT
         ),
     }),
-    "rlhf_beta": Record(TAUGHT, 3, {
+    "rlhf_beta": Record(ADDITION, 3, {
         f"β = {beta}": Variant(
             preset("rlhf-ppo", kl=InReward(beta)), replace(METHODS, steps=40)
         )
@@ -103,12 +104,12 @@ RECORDS = {
 NOT_MEANS = {"step", "seconds", "success"}
 
 
-def teach(steps: int, lr: float, folder: str) -> None:
+def teach(asked: Record, folder: str) -> None:
     "Save the model that every run starts from."
-    tokenizer, prompts = char_tokenizer(), TAUGHT.prompts(20_000)
+    tokenizer, prompts = char_tokenizer(), asked.taught.prompts(20_000)
     model, order = tiny_lm(tokenizer), torch.Generator().manual_seed(0)
-    solutions = [TAUGHT.solution(prompt) for prompt in prompts]
-    sft(model, tokenizer, prompts, solutions, steps, lr=lr, generator=order)
+    solutions = [asked.taught.solution(prompt) for prompt in prompts]
+    sft(model, tokenizer, prompts, solutions, asked.steps, lr=asked.lr, generator=order)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -148,7 +149,7 @@ def runs(name: str, processes: int) -> Iterator[list[dict]]:
     wanted = list(product(RECORDS[name].variants, range(RECORDS[name].seeds)))
     context = get_context("spawn")
     with TemporaryDirectory() as folder:
-        teach(RECORDS[name].steps, RECORDS[name].lr, folder)
+        teach(RECORDS[name], folder)
         with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
             jobs = [pool.submit(scores, name, *x, folder) for x in wanted]
             for job, (variant, seed) in zip(jobs, wanted):
