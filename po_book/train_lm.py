@@ -83,7 +83,7 @@ class LMConfig:
     eval_prompts: int = 256    # held-out problems of a score
     eval_samples: int = 1      # completions of each of them
     checkpoint_every: int = 50  # steps between checkpoints
-    fast_cpu: bool = True      # oneDNN's matrix products and plain attention on a CPU
+    fast_cpu: bool = True      # oneDNN's products and plain attention to learn on a CPU
 
     def __post_init__(self):
         "Raises: `ValueError` if a number makes no sense."
@@ -460,10 +460,12 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
     step = len(run.log) + 1
     _set_lr(learner, config, step)
     prompts, samples, rewards, facts = _sample_batch(run, learner)
-    with learner.accelerator.autocast():
-        batch = _learnable(run, learner, samples, rewards)
     sampled = perf_counter()
-    metrics = _improve(run, learner, batch)
+    models = learner.policy, learner.critic and learner.critic.trunk, learner.reference
+    with _fast_cpu(*models if config.fast_cpu else ()):
+        with learner.accelerator.autocast():
+            batch = _learnable(run, learner, samples, rewards)
+        metrics = _improve(run, learner, batch)
     if config.reset_reference and step % config.reset_reference == 0:
         _reset(learner)
     seconds, tokens = perf_counter() - start, int(samples.mask.sum())
@@ -661,10 +663,8 @@ def train_lm(
         _restore(run, learner, out)
     elif out is not None:
         _claim(run, learner.accelerator, out, asked or {})
-    models = run.model, learner.critic and learner.critic.trunk, learner.reference
-    fast = _fast_cpu(*models if config.fast_cpu else ())
     known = dict(total=config.steps, initial=len(run.log), unit=" steps")
-    with tqdm(**known, disable=not progress) as bar, _explained(run, out), fast:
+    with tqdm(**known, disable=not progress) as bar, _explained(run, out):
         _loop(run, learner, out, bar, report)
     if out is not None and learner.accelerator.is_main_process:
         model.save_pretrained(out / "model")
