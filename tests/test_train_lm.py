@@ -360,7 +360,7 @@ def test_rewards_that_are_missing_or_wrong_are_named():
     assert "reward function broken failed on row 0" in failed.value.__notes__[0]
 
 
-def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path):
+def test_weights_that_went_bad_are_noticed_and_the_checkpoint_kept(tmp_path):
     start = model()
 
     def poison(row):
@@ -369,9 +369,19 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path):
                 start.lm_head.weight.fill_(torch.nan)
 
     config = replace(SMALL, steps=4, checkpoint_every=1)
-    with pytest.raises((Diverged, ValueError)) as failed:
+    with pytest.raises(ValueError, match="logits that are not finite") as failed:
         run(config=config, out=tmp_path, start=start, report=poison)
     assert f"its last checkpoint is in {tmp_path}" in failed.value.__notes__[0]
+
+
+def test_a_step_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    norms = iter([1.0, float("nan")])
+    monkeypatch.setattr(
+        "accelerate.Accelerator.clip_grad_norm_", lambda *_: torch.tensor(next(norms))
+    )
+    with pytest.raises(Diverged, match="grad_norm not finite"):
+        run(config=replace(SMALL, checkpoint_every=1), out=tmp_path)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000001"]
 
 
 # Several processes
