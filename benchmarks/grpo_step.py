@@ -7,27 +7,33 @@ float32 on the CPU; with and without a reference. Twice: with the model of the c
 fine-tuned for a while, and with random weights and no end, where all completions have 16
 tokens. Both trainers sample, reward, and take one step of AdamW; the reward is a cheap
 function of the text that differs within every group, so that no group is dead. The
-trainers take turns, a few steps each.
+trainers take turns, a few steps each. Memory is measured in processes of their own: the
+most that is held, beyond what was held when imports and a first step were done. On a CPU
+`fast_cpu` buys speed with memory, so `train_lm` stands there with and without it.
 """
 
 import logging
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
-from provenance import record
+from provenance import peak_mb, record
 from trl import __version__ as trl_version
 
 from po_book.language_model import ChainAddition, char_tokenizer, load_lm, sft, tiny_lm
 from po_book.objective import Aggregation, Clip, Group, InLoss, NoReference, Objective
 from po_book.train_lm import LMConfig, train_lm
 
-PROMPTS, GROUP, NEW, STEPS, TURNS = 8, 8, 16, 12, 3
+PROMPTS, GROUP, NEW, STEPS, TURNS = 8, 8, 16, 12, 5
+QUIET = dict(disable_tqdm=True, report_to=[], logging_strategy="no", save_strategy="no")
 
 
 def reward(prompts, completions, **columns) -> list[float]:
@@ -35,13 +41,16 @@ def reward(prompts, completions, **columns) -> list[float]:
     return [sum(map(ord, text)) % 17 / 17 for text in completions]
 
 
-def ours(model, tokenizer, beta: float) -> list[float]:
+def ours(
+    model, tokenizer, beta: float, steps: int = STEPS, prompts: int = PROMPTS,
+    fast_cpu: bool = True,
+) -> list[float]:
     "Milliseconds of each step but the first two."
     kl = InLoss(beta) if beta else NoReference()
     objective = Objective(Group(), Clip(), kl, Aggregation("token"))
     config = LMConfig(
-        steps=STEPS, prompts=PROMPTS, group_size=GROUP, max_new_tokens=NEW, lr=1e-6, epochs=1,
-        minibatches=1,
+        steps=steps, prompts=prompts, group_size=GROUP, max_new_tokens=NEW, lr=1e-6, epochs=1,
+        minibatches=1, fast_cpu=fast_cpu,
     )
     times = [perf_counter()]
     train_lm(
@@ -51,7 +60,9 @@ def ours(model, tokenizer, beta: float) -> list[float]:
     return [1e3 * (b - a) for a, b in zip(times[2:], times[3:])]
 
 
-def trl(model, tokenizer, beta: float) -> list[float]:
+def trl(
+    model, tokenizer, beta: float, steps: int = STEPS, prompts: int = PROMPTS
+) -> list[float]:
     "The same of TRL's trainer."
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -63,22 +74,40 @@ def trl(model, tokenizer, beta: float) -> list[float]:
         def on_step_end(self, *args, **kwargs):
             times.append(perf_counter())
 
-    prompts = ChainAddition(3, 5).prompts(PROMPTS * STEPS)
+    asked = ChainAddition(3, 5).prompts(prompts * steps)
     with TemporaryDirectory() as folder:
         config = GRPOConfig(
-            folder, max_steps=STEPS, per_device_train_batch_size=PROMPTS * GROUP,
+            folder, max_steps=steps, per_device_train_batch_size=prompts * GROUP,
             num_generations=GROUP, max_completion_length=NEW, beta=beta, learning_rate=1e-6,
             loss_type="dapo", use_cpu=True, bf16=False, gradient_checkpointing=False,
-            report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
-            temperature=1.0, top_k=0, top_p=1.0,
+            temperature=1.0, top_k=0, top_p=1.0, **QUIET,
         )
         trainer = GRPOTrainer(
-            model, reward, config, Dataset.from_dict({"prompt": prompts}),
+            model, reward, config, Dataset.from_dict({"prompt": asked}),
             processing_class=tokenizer, callbacks=[Clock()],
         )
         times.append(perf_counter())
         trainer.train()
     return [1e3 * (b - a) for a, b in zip(times[2:], times[3:])]
+
+
+TRAINERS = {"TRL": trl, "po_book": ours, "fast_cpu off": partial(ours, fast_cpu=False)}
+
+
+def memory(trainer: str, path: Path, beta: float, threads: int) -> float:
+    "The most memory that the steps of a trainer hold, in MB; call it in a fresh process."
+    quiet(threads)
+    TRAINERS[trainer](*load_lm(path), beta, steps=1, prompts=1)
+    before = peak_mb()
+    TRAINERS[trainer](*load_lm(path), beta)
+    return peak_mb() - before
+
+
+def quiet(threads: int) -> None:
+    "This many threads, and no word from the libraries."
+    torch.set_num_threads(threads)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def save_models(folder: Path) -> dict[str, Path]:
@@ -98,24 +127,27 @@ def save_models(folder: Path) -> dict[str, Path]:
 
 
 def main(threads: int, recording: bool) -> None:
-    torch.set_num_threads(threads)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    quiet(threads)
     rows = []
-    with TemporaryDirectory() as folder:
+    alone = ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1)
+    with TemporaryDirectory() as folder, alone:
         for (name, path), beta in product(save_models(Path(folder)).items(), (0.0, 0.04)):
-            times = {"TRL": [], "po_book": []}
+            times = {trainer: [] for trainer in TRAINERS}
             for _ in range(TURNS):
-                times["TRL"] += trl(*load_lm(path), beta)
-                times["po_book"] += ours(*load_lm(path), beta)
+                for trainer, steps in times.items():
+                    steps += TRAINERS[trainer](*load_lm(path), beta)
+            peaks = {
+                trainer: alone.submit(memory, trainer, path, beta, threads).result()
+                for trainer in TRAINERS
+            }
             rows += [
                 [name, beta, trainer, f"{min(ms):.0f}", f"{median(ms):.0f}",
-                 f"{median(ms) / median(times['po_book']):.2f}"]
+                 f"{median(ms) / median(times['po_book']):.2f}", f"{peaks[trainer]:.0f}"]
                 for trainer, ms in times.items()
             ]
-    columns = ["model", "beta", "trainer", "ms, min", "ms, median", "over po_book's"]
+    columns = ["model", "beta", "trainer", "ms, min", "ms, median", "over po_book's", "peak MB"]
     for row in [columns, *rows]:
-        print("{:16}{:>6}  {:10}{:>9}{:>12}{:>16}".format(*row))
+        print("{:16}{:>6}  {:12}{:>9}{:>12}{:>16}{:>9}".format(*row))
     if recording:
         versions = {"trl": f"trl {trl_version}", "threads": f"{threads} threads"}
         record("grpo_step", columns, rows, **versions)

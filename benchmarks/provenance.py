@@ -1,4 +1,4 @@
-"Tables of results, and where, when and with what they were made."
+"Tables of results; where, when and with what they were made; the memory it took."
 
 import csv
 import json
@@ -46,3 +46,11 @@ def record(name: str, columns: list[str], rows: Iterable[list], **more: object) 
         writer.writerows(rows)
     note = json.dumps(provenance() | more, indent=2)
     (folder / f"{name}.json").write_text(note + "\n", encoding="utf-8")
+
+
+def peak_mb() -> float:
+    "The most memory that this process has held, in MB (Linux)."
+    # ru_maxrss would not do: a process starts with that of the one that made it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024

@@ -8,7 +8,6 @@ and with what it was made. Every run starts from the same fine-tuned model and i
 columns are means. `peak_mb` is the most memory that the process held beyond its start.
 """
 
-import resource
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,7 @@ from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 
 import torch
-from provenance import record
+from provenance import peak_mb, record
 
 from po_book.language_model import ChainAddition, char_tokenizer, load_lm, sft, tiny_lm
 from po_book.objective import (
@@ -81,7 +80,7 @@ RECORDS = {
     }),
     "grpo_long": Record(ADDITION, 3, {
         "GRPO": Variant(
-            preset("grpo", kl=NoReference()), replace(METHODS, steps=500, eval_every=25)
+            preset("grpo", kl=NoReference()), replace(METHODS, steps=700, eval_every=25)
         ),
     }, threads=2, steps=460, lr=5e-4),
     "lm_ablation": Record(ChainAddition(3, 7), 3, {
@@ -114,17 +113,12 @@ def teach(asked: Record, folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def peak() -> float:
-    "The most memory that this process has held, in MB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def scores(name: str, variant: str, seed: int, folder: str) -> list[dict]:
     "One run: a row a score."
     torch.set_num_threads(RECORDS[name].threads)
     wanted, task = RECORDS[name].variants[variant], RECORDS[name].task
     model, tokenizer = load_lm(folder)
-    before = peak()
+    before = peak_mb()
     objective, config = wanted.objective, wanted.config
     run = train_lm(
         model, tokenizer, task, None, objective, config, seed=seed, device="cpu", progress=False
@@ -139,7 +133,7 @@ def scores(name: str, variant: str, seed: int, folder: str) -> list[dict]:
         }
         facts = {"variant": variant, "seed": seed, "steps": row["step"],
                  "seconds": row["seconds"], "success": row["success"]}
-        rows.append(facts | means | {"peak_mb": peak() - before})
+        rows.append(facts | means | {"peak_mb": peak_mb() - before})
         window = []
     return rows
 

@@ -301,8 +301,13 @@ def token_logprobs(
         logp = log_distribution(_logits(model, states), temperature, top_k, top_p)
         return logp.gather(-1, tokens[:, None]).squeeze(-1)
 
+    states, tokens = states[mask], ids[mask]
+    # On a CPU oneDNN keeps kernels for every number of rows: let there be few numbers.
+    spare = -len(tokens) % 64
+    states = nn.functional.pad(states, (0, 0, 0, spare))
+    tokens = nn.functional.pad(tokens, (0, spare))
     size = max(1, max_logits // model.get_output_embeddings().weight.shape[0])
-    chunks = list(zip(states[mask].split(size), ids[mask].split(size)))
+    chunks = list(zip(states.split(size), tokens.split(size)))
     if len(chunks) == 1:
         logp = score(*chunks[0])
     else:
@@ -459,13 +464,15 @@ def sample(
     prompt = pack(prompt_ids, [[]] * len(prompts), pad, model.device)
     stops, settings = _stop_ids(model, tokenizer), (temperature, top_k, top_p)
     training = model.training
-    model.eval()
+    if training:  # else a walk through all modules is saved
+        model.eval()
     steps = _grow(model, prompt, group_size, max_new_tokens, stops, generator, settings)
     try:
         with torch.inference_mode():
             steps = list(steps)
     finally:
-        model.train(training)
+        if training:
+            model.train()
     samples = _collected(prompt, group_size, pad, stops, steps)
     if not samples.logps.isfinite().all():
         raise ValueError("model gives logits that are not finite: its weights have NaN")
