@@ -519,7 +519,6 @@ def _check_fit(model: "PreTrainedModel", rows: list[list[int]], new: int) -> Non
 def join(
     parts: list[Samples] | tuple[Samples, ...],
     pad_id: int,  # fills both ends
-    multiple: int = 1,  # prompts and completions are as wide as a multiple of it
 ) -> Samples:
     """Samples of several calls as those of one.
 
@@ -529,12 +528,13 @@ def join(
         raise ValueError("parts must be samples, got none")
     before = [int(x.mask.any(0).int().argmax()) for x in parts]
     after = [x.ids.shape[1] - n for x, n in zip(parts, before)]
-    left, right = (-(-max(x) // multiple) * multiple for x in (before, after))
     columns = {"finished": torch.cat([x.finished for x in parts])}
     blank = {"ids": pad_id, "attention_mask": False, "mask": False, "logps": 0.0}
     for name, value in blank.items():
         columns[name] = torch.cat([
-            nn.functional.pad(getattr(x, name), (left - b, right - a), value=value)
+            nn.functional.pad(
+                getattr(x, name), (max(before) - b, max(after) - a), value=value
+            )
             for x, b, a in zip(parts, before, after)
         ])
     return Samples(**columns)

@@ -268,8 +268,6 @@ def _draw_groups(
             learner.policy, learner.tokenizer, prompts, config.group_size,
             config.max_new_tokens, config.temperature, generator=learner.generator,
         )
-    # Few widths: on a CPU oneDNN keeps kernels for every shape it meets.
-    samples = join([samples], pad_token_id(learner.tokenizer), multiple=8)
     asked = [prompt for prompt in prompts for _ in range(config.group_size)]
     texts, columns = samples.texts(learner.tokenizer), learner.task.columns(asked)
     values = score(learner.reward, asked, texts, **columns)

@@ -223,10 +223,6 @@ def test_samples_of_several_calls_are_put_together(llama, tokenizer):
     torch.testing.assert_close(
         scored(llama, whole, group_size=2), whole.logps, atol=1e-5, rtol=0
     )
-    wide = join(parts, tokenizer.pad_token_id, multiple=4)
-    assert wide.ids.shape == (10, 8 + 12) and wide.texts(tokenizer) == whole.texts(tokenizer)
-    torch.testing.assert_close(wide.logps.sum(1), whole.logps.sum(1))
-    torch.testing.assert_close(scored(llama, wide), wide.logps, atol=1e-5, rtol=0)
     some = whole.rows(torch.tensor([7, 0]))
     texts = whole.texts(tokenizer)
     assert some.texts(tokenizer) == [texts[7], texts[0]]
