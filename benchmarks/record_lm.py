@@ -19,7 +19,14 @@ from tempfile import TemporaryDirectory
 import torch
 from provenance import peak_mb, record
 
-from po_book.language_model import ChainAddition, char_tokenizer, load_lm, sft, tiny_lm
+from po_book.language_model import (
+    ChainAddition,
+    char_tokenizer,
+    load_lm,
+    sft,
+    success_rate,
+    tiny_lm,
+)
 from po_book.objective import (
     PRESETS,
     Aggregation,
@@ -103,14 +110,16 @@ RECORDS = {
 NOT_MEANS = {"step", "seconds", "success"}
 
 
-def teach(asked: Record, folder: str) -> None:
-    "Save the model that every run starts from."
+def teach(asked: Record, folder: str) -> float:
+    "Save the model that every run starts from; its success on held-out problems."
     tokenizer, prompts = char_tokenizer(), asked.taught.prompts(20_000)
     model, order = tiny_lm(tokenizer), torch.Generator().manual_seed(0)
     solutions = [asked.taught.solution(prompt) for prompt in prompts]
     sft(model, tokenizer, prompts, solutions, asked.steps, lr=asked.lr, generator=order)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    problems = asked.task.prompts(500, held_out=True)
+    return success_rate(model, tokenizer, asked.task, problems, 16, order, samples=4)
 
 
 def scores(name: str, variant: str, seed: int, folder: str) -> list[dict]:
@@ -138,18 +147,16 @@ def scores(name: str, variant: str, seed: int, folder: str) -> list[dict]:
     return rows
 
 
-def runs(name: str, processes: int) -> Iterator[list[dict]]:
+def runs(name: str, processes: int, folder: str) -> Iterator[list[dict]]:
     "The scores of every variant and seed; each in a process of its own, for its memory."
     wanted = list(product(RECORDS[name].variants, range(RECORDS[name].seeds)))
     context = get_context("spawn")
-    with TemporaryDirectory() as folder:
-        teach(RECORDS[name], folder)
-        with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
-            jobs = [pool.submit(scores, name, *x, folder) for x in wanted]
-            for job, (variant, seed) in zip(jobs, wanted):
-                rows = job.result()
-                print(variant, seed, f"{rows[-1]['success']:.3f}", flush=True)
-                yield rows
+    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
+        jobs = [pool.submit(scores, name, *x, folder) for x in wanted]
+        for job, (variant, seed) in zip(jobs, wanted):
+            rows = job.result()
+            print(variant, seed, f"{rows[-1]['success']:.3f}", flush=True)
+            yield rows
 
 
 def settings(name: str) -> dict[str, dict]:
@@ -159,14 +166,15 @@ def settings(name: str) -> dict[str, dict]:
 
 def main(name: str, processes: str = "1") -> None:
     torch.set_num_threads(1)
-    rows = [row for run in runs(name, int(processes)) for row in run]
+    with TemporaryDirectory() as folder:
+        start = f"{RECORDS[name].start}, success {teach(RECORDS[name], folder):.3f}"
+        rows = [row for run in runs(name, int(processes), folder) for row in run]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [
         [x if isinstance(x, str | int) else f"{x:.4g}" for x in map(row.get, columns, [""] * 99)]
         for row in rows
     ]
     seeds = f"seeds 0 to {RECORDS[name].seeds - 1}"
-    start = RECORDS[name].start
     record(name, columns, table, seeds=seeds, start=start, settings=settings(name))
 
 
