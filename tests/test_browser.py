@@ -111,7 +111,7 @@ def test_text_is_readable(opened, name, mode):
 def test_figures_follow_the_mode(opened):
     "On black and on white, a figure's paper has the colour of the page."
     for mode, dark in ("light", False), ("dark", True):
-        tab, _, _ = opened("00_figures", mode)
+        tab, _, _ = opened("60_figures", mode)
         image = tab.locator("article .cell_output img").first
         inverted = "invert" in image.evaluate("node => getComputedStyle(node).filter")
         assert inverted == dark
@@ -127,7 +127,7 @@ def test_search_finds_a_chapter(opened):
 
 
 def test_a_folded_solution_opens(opened):
-    tab, _, _ = opened("00_verify", "light")
+    tab, _, _ = opened("10_verify", "light")
     solution = tab.locator("div.solution").first
     text = solution.locator("p").last
     assert not text.is_visible()
@@ -136,7 +136,7 @@ def test_a_folded_solution_opens(opened):
 
 
 def test_a_folded_proof_opens(opened):
-    tab, _, _ = opened("02_policy_gradient", "light")
+    tab, _, _ = opened("13_policy_gradient", "light")
     proof = tab.locator("details", has_text="Proof").first
     assert not proof.locator("p").last.is_visible()
     proof.locator("summary").click()

@@ -108,5 +108,5 @@ def test_every_check_has_left_its_badge(site, name):
 def test_figures_are_vector_graphics(site):
     "All but the frames of a video, which the command line records."
     images = {p.name for p in (site / "_images").iterdir() if p.suffix in (".png", ".svg")}
-    frames = {p for p in images if p in (site / "23_command_line.html").read_text(encoding="utf-8")}
+    frames = {p for p in images if p in (site / "61_command_line.html").read_text(encoding="utf-8")}
     assert len(images) > 10 and all(p.endswith(".svg") for p in images - frames)
