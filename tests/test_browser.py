@@ -110,7 +110,7 @@ def test_a_page_renders_without_errors_and_alone(opened, name):
         tab.evaluate(TYPESET_ALL)
         tab.wait_for_function(
             "[...document.querySelectorAll('article .math')]"
-            ".every(node => node.querySelector('mjx-container'))"
+            ".every(node => node.querySelector('mjx-math'))"
         )
     assert tab.locator("mjx-merror").count() == 0
     assert tab.locator("mjx-container[tabindex='0']").count() == 0
@@ -120,12 +120,11 @@ def test_a_page_renders_without_errors_and_alone(opened, name):
 def test_formulas_are_set_when_they_come_near(opened):
     "The first screen is ready without the rest of a long page, and the rest follows."
     tab, _, _ = opened("20_trust_region", "light")
-    is_set = "node => node.querySelector('mjx-container') !== null"
-    formulas = tab.locator("article div.math")
-    tab.wait_for_function("document.querySelector('article mjx-container')")
-    assert not formulas.last.evaluate(is_set)
-    formulas.last.scroll_into_view_if_needed()
-    tab.wait_for_function("[...document.querySelectorAll('article div.math')].pop().querySelector('mjx-container')")
+    first, last = tab.locator("article .math").first, tab.locator("article .math").last
+    expect(first.locator("mjx-math")).to_be_visible()
+    expect(last.locator("mjx-math")).to_have_count(0)
+    last.scroll_into_view_if_needed()
+    expect(last.locator("mjx-math")).to_be_visible()
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
