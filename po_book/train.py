@@ -207,23 +207,14 @@ def ppo_iteration(
     "Collect a rollout and improve the clipped objective on it for a few epochs."
     policy, pace = learner.policy, config.pace(remaining)
 
-    def improve(
-        clip: float, obs: Tensor, actions: Tensor, advantages: Tensor, **old: Tensor
-    ) -> dict[str, Tensor]:
+    def improve(clip, obs, actions, logp, advantages, returns) -> dict[str, Tensor]:
+        "One gradient step on a minibatch; `logp` is of the policy that sampled it."
         if config.normalize_advantages:
             advantages = normalize(advantages)
-        logp, entropy = policy.evaluate(obs, actions)
-        loss, metrics = ppo_loss(
-            logp,
-            old["logp"],
-            advantages,
-            entropy,
-            policy.value(obs),
-            old["returns"],
-            clip_low=clip,
-            value_coef=config.value_coef,
-            entropy_coef=config.entropy_coef,
-        )
+        now, entropy = policy.evaluate(obs, actions)
+        data = now, logp, advantages, entropy, policy.value(obs), returns
+        coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
+        loss, metrics = ppo_loss(*data, clip_low=clip, **coefs)
         learner.step(loss, config.max_grad_norm)
         return metrics
 
