@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['epsilon_greedy', 'next_values', 'bellman_backup', 'Control', 'td_control', 'q_loss', 'soft_update', 'Replay']
 
-# %% ../nbs/15_value_based.ipynb #c94b6aba
+# %% ../nbs/15_value_based.ipynb #ab7abf2f
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from po_book.checks import (
     check_shape,
     require,
 )
-from .mdp import TabularMDP, action_values
+from .mdp import TabularMDP, action_values, draw
 
 # %% ../nbs/15_value_based.ipynb #7b516088
 def epsilon_greedy(
@@ -39,9 +39,6 @@ def epsilon_greedy(
     rest = epsilon / q.shape[-1]
     best = q.argmax(-1, keepdim=True)
     return torch.full_like(q, rest).scatter_(-1, best, 1 - epsilon + rest)
-
-# %% ../nbs/15_value_based.ipynb #e73189c1
-_like = check_like
 
 # %% ../nbs/15_value_based.ipynb #05a499f0
 def next_values(
@@ -98,31 +95,10 @@ class Control:
         return at_end.diff(dim=-1, prepend=torch.zeros_like(at_end[:, :1]))
 
 # %% ../nbs/15_value_based.ipynb #f3c7a5aa
-class _Simulator:
-    "Many copies of a process, side by side; a copy that reaches an end starts anew."
-
-    def __init__(self, mdp: TabularMDP, runs: int, generator: torch.Generator | None):
-        self.R, self.runs, self.generator = mdp.R, runs, generator
-        self.start, self.arrive = self.cdf(mdp.p0), self.cdf(mdp.P)
-        stays = mdp.P.diagonal(dim1=0, dim2=2) == 1
-        self.over = (stays.T & (mdp.R == 0)).all(-1)
-
-    @staticmethod
-    def cdf(p: Float[Tensor, "... A"]) -> Float[Tensor, "... A"]:
-        "Cumulative probabilities that end at exactly one."
-        total = p.cumsum(-1)
-        return total / total[..., -1:]
-
-    def draw(self, cdf: Float[Tensor, "... A"]) -> Int[Tensor, "runs"]:
-        "One outcome a run."
-        u = torch.rand(self.runs, 1, generator=self.generator, dtype=cdf.dtype)
-        return torch.searchsorted(cdf, u, right=True).squeeze(-1)
-
-    def step(self, s: Int[Tensor, "N"], a: Int[Tensor, "N"]) -> tuple[Tensor, ...]:
-        "Reward, the state to go on from, and whether the episode ended before it."
-        arrived = self.draw(self.arrive[s, a])
-        end = self.over.take(arrived)
-        return self.R[s, a], torch.where(end, self.draw(self.start), arrived), end
+def _ends(mdp: TabularMDP) -> Bool[Tensor, "S"]:
+    "States that pay nothing and are never left."
+    stays = mdp.P.diagonal(dim1=0, dim2=2).T == 1
+    return (stays & (mdp.R == 0)).all(-1)
 
 # %% ../nbs/15_value_based.ipynb #7324f7c7
 def td_control(
@@ -147,22 +123,22 @@ def td_control(
     rates = {"alpha": alpha, "epsilon": epsilon}  # a function is trusted
     check_in("[0, 1]", **{name: x for name, x in rates.items() if not callable(x)})
     explore = epsilon if callable(epsilon) else lambda _: epsilon
-    simulator, row = _Simulator(mdp, runs, generator), torch.arange(runs)
-    q, one = mdp.R.new_zeros(runs, *mdp.R.shape), mdp.R.new_ones(runs)
+    over, start, row = _ends(mdp), mdp.p0.expand(runs, -1), torch.arange(runs)
+    q = mdp.R.new_zeros(runs, *mdp.R.shape)
     visits, tables, rewards, ended = torch.zeros_like(q), [], [], []
-    s = simulator.draw(simulator.start)
-    a = simulator.draw(simulator.cdf(epsilon_greedy(q[row, s], explore(0))))
+    s = draw(start, generator)
+    a = draw(epsilon_greedy(q[row, s], explore(0)), generator)
     for t in range(1, steps + 1):
-        r, next_s, end = simulator.step(s, a)
-        follow = q[row, next_s]
-        pi = epsilon_greedy(follow, explore(t))
-        next_a = simulator.draw(simulator.cdf(pi))
-        y = td_target(r, next_values(rule, follow, pi, next_a), end, mdp.gamma)
-        entry = (row * mdp.n_states + s) * mdp.n_actions + a  # of the flattened tables
-        if callable(alpha):
-            visits.put_(entry, one, accumulate=True)
-        rate = alpha(visits.take(entry)) if callable(alpha) else alpha
-        q.put_(entry, rate * (y - q.take(entry)), accumulate=True)
+        r, arrived = mdp.R[s, a], draw(mdp.P[s, a], generator)
+        end = over[arrived]
+        next_s = torch.where(end, draw(start, generator), arrived)
+        pi = epsilon_greedy(q[row, next_s], explore(t))
+        next_a = draw(pi, generator)
+        follows = next_values(rule, q[row, next_s], pi, next_a)
+        y = td_target(r, follows, end, mdp.gamma)
+        visits[row, s, a] += 1
+        rate = alpha(visits[row, s, a]) if callable(alpha) else alpha
+        q[row, s, a] += rate * (y - q[row, s, a])
         rewards.append(r)
         ended.append(end)
         if t % every == 0:
