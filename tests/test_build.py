@@ -28,7 +28,7 @@ def notebook(*sources: str) -> str:
 
 
 def build(folder, pages: dict[str, str]) -> subprocess.CompletedProcess:
-    "Build `pages` as `make book` does; the table of contents lists index and chapter."
+    "Build `pages` as `make book` does; the table of contents lists them, or a chapter."
     for name in "_ext", "_static":
         shutil.copytree(ROOT / name, folder / name)
     for name in "_config.yml", "settings.ini", "references.bib", "requirements-dev.txt":
@@ -36,8 +36,9 @@ def build(folder, pages: dict[str, str]) -> subprocess.CompletedProcess:
     (folder / "nbs").mkdir()
     for name, text in pages.items():
         (folder / "nbs" / name).write_text(text, encoding="utf-8")
-    toc = "format: jb-book\nroot: index\nchapters:\n  - file: chapter\n"
-    (folder / "_toc.yml").write_text(toc)
+    chapters = [Path(name).stem for name in pages if name != "index.md"] or ["chapter"]
+    files = "".join(f"  - file: {name}\n" for name in chapters)
+    (folder / "_toc.yml").write_text(f"format: jb-book\nroot: index\nchapters:\n{files}")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     options = ["-W", "-n", "--keep-going", "-q"]
     assert " ".join(options) in makefile
@@ -179,6 +180,84 @@ def test_the_cells_of_a_solution_fold_with_it(shown):
     assert not solution.find("details")
     for text in "After it.", "outside":
         assert not holding(article, text).find_parent("div", class_="solution")
+
+
+NUMBERED = """\
+# {title}
+
+## First
+
+$$
+x = y
+$$ (eq-{name}-first)
+
+## Second
+
+$$
+x = z
+$$ (eq-{name}-second)
+
+:::{{prf:theorem}} One
+:label: thm-{name}
+
+It holds.
+:::
+
+:::{{exercise}}
+:label: ex-{name}
+Why?
+:::
+
+{refer}
+"""
+REFER = """\
+By {eq}`eq-large-second` and {prf:ref}`thm-large`, {ref}`ex-large` follows, as in chapter 46
+and in chapter 13 of nobody. {eq}`eq-end-first`"""
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    "Articles of two chapters and an appendix."
+    folder = tmp_path_factory.mktemp("numbers")
+    titles = {"07_small": "Small", "46_large": "Large", "end": "End"}
+    pages = {
+        f"{file}.md": NUMBERED.format(title=title, name=title.lower(), refer=REFER)
+        for file, title in titles.items()
+    }
+    result = build(folder, {"index.md": INDEX, **pages})
+    assert result.returncode == 0, result.stderr
+    html = {name: (folder / f"_build/html/{name}.html").read_text() for name in titles}
+    return {name: BeautifulSoup(text, "html.parser") for name, text in html.items()}
+
+
+def test_a_chapter_shows_its_number(numbered):
+    for page in numbered.values():
+        sidebar = page.find("div", class_="bd-toc-item").text
+        assert "07\u2002Small" in sidebar and "46\u2002Large" in sidebar
+        assert [line.strip() for line in sidebar.splitlines() if "End" in line] == ["End"]
+    titles = [page.find("article").find("h1").text.rstrip("#") for page in numbered.values()]
+    assert titles == ["07\u2002Small", "46\u2002Large", "End"]
+    assert numbered["46_large"].find("article").find("h2").text == "First#"
+    assert "07\u2002Small" in numbered["46_large"].find("a", class_="left-prev").text
+
+
+def test_equations_theorems_and_exercises_count_within_a_chapter(numbered):
+    for name, number in ("07_small", "07."), ("46_large", "46."), ("end", ""):
+        article = numbered[name].find("article")
+        assert [e.text for e in article.find_all("span", class_="eqno")] == [
+            f"({number}{n})#" for n in (1, 2)
+        ]
+        assert f"Theorem {number}1" in article.find("div", class_="theorem").text
+        assert f"Exercise {number}1" in article.find("div", class_="exercise").text
+        refer = article.find_all("p")[-1].text
+        assert "By (46.2) and Theorem 46.1, Exercise 46.1 follows" in refer
+        assert refer.endswith("(1)")
+
+
+def test_a_chapter_that_is_named_is_linked(numbered):
+    links = numbered["end"].find("article").find_all("a", string="chapter 46")
+    assert [link["href"] for link in links] == ["46_large.html"]
+    assert not numbered["end"].find("a", string="chapter 13")
 
 
 def test_a_hidden_cell_is_not_there(shown):
