@@ -40,6 +40,9 @@ def epsilon_greedy(
     best = q.argmax(-1, keepdim=True)
     return torch.full_like(q, rest).scatter_(-1, best, 1 - epsilon + rest)
 
+# %% ../nbs/15_value_based.ipynb #772f5cc2
+_like = check_like
+
 # %% ../nbs/15_value_based.ipynb #05a499f0
 def next_values(
     rule: str,                  # "sarsa", "expected_sarsa" or "q_learning"
@@ -132,12 +135,15 @@ def td_control(
         r, arrived = mdp.R[s, a], draw(mdp.P[s, a], generator)
         end = over[arrived]
         next_s = torch.where(end, draw(start, generator), arrived)
-        pi = epsilon_greedy(q[row, next_s], explore(t))
+        q_next = q[row, next_s]
+        pi = epsilon_greedy(q_next, explore(t))
         next_a = draw(pi, generator)
-        follows = next_values(rule, q[row, next_s], pi, next_a)
+        follows = next_values(rule, q_next, pi, next_a)
         y = td_target(r, follows, end, mdp.gamma)
-        visits[row, s, a] += 1
-        rate = alpha(visits[row, s, a]) if callable(alpha) else alpha
+        rate = alpha
+        if callable(alpha):
+            n = visits[row, s, a] = visits[row, s, a] + 1
+            rate = alpha(n)
         q[row, s, a] += rate * (y - q[row, s, a])
         rewards.append(r)
         ended.append(end)
