@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .advantage import gae
 from .kl import kl_estimate
-from .language_model import Samples, ValueModel, token_logprobs
+from .language_model import ValueModel, token_logprobs
 from .ppo import _data, _keep
+from .sampling import Samples
 from .value_based import _like
 
 if TYPE_CHECKING:
