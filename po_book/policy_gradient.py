@@ -81,7 +81,7 @@ def reinforce_loss(
 ) -> Float[Tensor, ""]:
     """Pseudo-objective {eq}`eq-reinforce-loss`, whose gradient is minus the estimate.
 
-    No gradient flows into `psi` or `weights`: not into a critic, not into rewards.
+    No gradient flows into `psi` or `weights`: not into learnt values, not into rewards.
 
     Raises: `ValueError` on shapes that differ, NaN and infinite entries, no rows.
     Source: Williams 1992.
