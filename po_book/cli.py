@@ -66,14 +66,12 @@ from po_book.language_model import (
 )
 from .objective import PRESETS, Objective
 from .rewards import Reward, score, verifier
-from .rollout import Policy, Stepper, make_stepper, make_vector_env
+from .policies import Policy
+from .rollout import Stepper, make_stepper, make_vector_env
+from .runner import Config, Diverged, Run, find_device
 from po_book.train import (
     ALGORITHMS,
-    Config,
-    Diverged,
-    Run,
     default_config,
-    find_device,
     load_run,
     resume,
     train,

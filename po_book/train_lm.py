@@ -53,7 +53,7 @@ from po_book.objective import (
 )
 from .ppo import masked_mean, value_loss
 from .rewards import Reward, score, verifier
-from .train import Diverged
+from .runner import Diverged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
