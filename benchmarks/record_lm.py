@@ -19,14 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 from provenance import peak_mb, record
 
-from po_book.language_model import (
-    ChainAddition,
-    char_tokenizer,
-    load_lm,
-    sft,
-    success_rate,
-    tiny_lm,
-)
+from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import (
     PRESETS,
     Aggregation,
@@ -36,6 +29,7 @@ from po_book.objective import (
     NoReference,
     Objective,
 )
+from po_book.tasks import ChainAddition, sft, success_rate
 from po_book.train_lm import LMConfig, train_lm
 
 ADDITION = ChainAddition(3, 5)
