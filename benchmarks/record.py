@@ -2,7 +2,7 @@
 
 Run: python benchmarks/record.py NAME [processes]
 
-Writes results/NAME.csv, a row a score, and results/NAME.json, which says where, when
+Writes results/NAME.csv, a row an evaluation, and results/NAME.json, which says where, when
 and with what it was made. Every row is what `po_book.train.train` logged.
 """
 
@@ -15,10 +15,10 @@ from itertools import product
 import torch
 from provenance import record
 
+from po_book.runner import Config
 from po_book.train import (
     ALGORITHMS,
     A2CConfig,
-    Config,
     DDPGConfig,
     DQNConfig,
     PPOConfig,
@@ -90,24 +90,24 @@ RECORDS = {
 }
 
 
-def scores(name: str, variant: str, seed: int) -> list[list]:
-    "One run: the rows of its log that have a score."
+def evaluations(name: str, variant: str, seed: int) -> list[list]:
+    "One run: the rows of its log that have a mean return."
     torch.set_num_threads(1)
     env, config = RECORDS[name].env, RECORDS[name].variants[variant]
     algorithm = next(key for key, x in ALGORITHMS.items() if x.config is type(config))
     run = train(algorithm, env, seed=seed, config=config, progress=False)
-    rows = [row for row in run.log if "score" in row]
+    rows = [row for row in run.log if "mean_return" in row]
     return [
-        [variant, seed, row["steps"], f"{row['seconds']:.2f}", f"{row['score']:.2f}"]
+        [variant, seed, row["steps"], f"{row['seconds']:.2f}", f"{row['mean_return']:.2f}"]
         for row in rows
     ]
 
 
 def runs(name: str, processes: int) -> Iterator[list[list]]:
-    "The scores of every variant and seed."
+    "The evaluations of every variant and seed."
     wanted = list(product(RECORDS[name].variants, range(RECORDS[name].seeds)))
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(scores, [name] * len(wanted), *zip(*wanted))
+        yield from pool.map(evaluations, [name] * len(wanted), *zip(*wanted))
 
 
 def settings(name: str) -> dict[str, dict]:
@@ -117,7 +117,7 @@ def settings(name: str) -> dict[str, dict]:
 
 def main(name: str, processes: str = "1") -> None:
     rows = [row for run in runs(name, int(processes)) for row in run]
-    columns = ["variant", "seed", "steps", "seconds", "score"]
+    columns = ["variant", "seed", "steps", "seconds", "mean_return"]
     seeds = f"seeds 0 to {RECORDS[name].seeds - 1}"
     record(name, columns, rows, seeds=seeds, settings=settings(name))
 

@@ -56,16 +56,14 @@ from .dapo import NoSignal
 from .language_model import ALPHABET, char_tokenizer, load_lm, tiny_lm
 from .objective import PRESETS, Objective
 from .rewards import Reward, compute_rewards, verifier
-from .rollout import Policy, Stepper, make_stepper, make_vector_env
+from .policies import Policy
+from .rollout import Stepper, make_stepper, make_vector_env
+from .runner import Config, Diverged, Run, find_device
 from .sampling import sample
 from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
 from po_book.train import (
     ALGORITHMS,
-    Config,
-    Diverged,
-    Run,
     default_config,
-    find_device,
     load_run,
     resume,
     train,

@@ -17,8 +17,8 @@ from po_book import train_lm as module
 from po_book.dapo import NoSignal
 from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS
+from po_book.runner import Diverged
 from po_book.tasks import ChainAddition, WordProblems
-from po_book.train import Diverged
 from po_book.train_lm import LMConfig, default_lm_config, train_lm
 
 TASK = ChainAddition(2, 3)
