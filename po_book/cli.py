@@ -55,10 +55,6 @@ from tyro.constructors import (
 from .dapo import NoSignal
 from .language_model import ALPHABET, char_tokenizer, load_lm, tiny_lm
 from .objective import PRESETS, Objective
-<<<<<<< HEAD
-from .rewards import Reward, compute_rewards, verifier
-=======
->>>>>>> main
 from .policies import Policy
 from .rewards import Reward, compute_rewards, verifier
 from .rollout import Stepper, make_stepper, make_vector_env

@@ -46,13 +46,9 @@ from po_book.objective import (
 )
 from .ppo import masked_mean, value_loss
 from .rewards import Reward, compute_rewards, verifier
-from .runner import Diverged
 from .sampling import Samples, join, sample
 from .tasks import Task, success_rate
-<<<<<<< HEAD
-=======
 from .runner import Diverged
->>>>>>> main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
