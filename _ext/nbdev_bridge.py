@@ -1,9 +1,11 @@
 """Let Jupyter Book read nbdev notebooks.
 
 Before MyST-NB parses a notebook, lines such as `#| export` are taken out of its code
-cells and what they mean for a page is said in cell tags. A hash of everything that a
-notebook imports or plots goes into its metadata, because the execution cache compares
-code cells only: without it, a change in the library would leave old numbers on a page.
+cells. What decides whether a cell runs becomes a cell tag; how a page shows the cell goes
+into a `{cell}` directive before it (`cell_pages.py`), because the execution cache
+compares metadata of code cells too: a changed caption would run the chapter again. A hash of
+everything that a notebook imports or plots goes into its metadata for the opposite
+reason: without it, a change in the library would leave old numbers on a page.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import json
 import re
 from pathlib import Path
 
+from cell_rules import folded
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
@@ -18,37 +21,102 @@ ROOT = Path(__file__).parent.parent
 TAGS = {
     "hide": "remove-cell",
     "echo: false": "remove-input",
-    "code-fold: true": "hide-input",
     "eval: false": "skip-execution",
     "slow": "skip-execution",
     "cuda": "skip-execution",
 }
-SILENT = {"default_exp", "export", "exporti", "exports"}
+SWITCHES = {"echo:", "eval:", "code-fold:"}
+FIGURE = {"label:", "fig-cap:", "fig-alt:"}
+FLAGS = {"default_exp", "export", "exporti", "exports", "hide", "slow", "cuda"}
+REASONS = {"slow": "takes minutes", "cuda": "needs a GPU"}
 
-DIRECTIVE = re.compile(r"^#\s*\|\s*(.*?)\s*$\n?", re.MULTILINE)
+LEADING = re.compile(r"\s*#\s*\|(.*)")
+MAGIC = re.compile(r"\s*%%\w+")
+
+
+def read_directives(source: str) -> tuple[dict[str, str], str]:
+    """Directives of a cell with their values, and its code without them.
+
+    As in nbdev, only lines before the code count: what looks like a directive in a string
+    or in a table in a comment is none. A line with two spaces after `#|` continues the
+    option of a figure before it.
+
+    Raises: `ValueError` for a directive that the book does not know; nbdev would pass
+    over it in silence.
+    """
+    lines, directives, kept, unknown = source.splitlines(keepends=True), {}, [], []
+    last = None
+    while lines and (not lines[0].strip() or LEADING.match(lines[0]) or MAGIC.match(lines[0])):
+        line = lines.pop(0)
+        if MAGIC.match(line):
+            kept.append(line)
+        if not (found := LEADING.match(line)) or not (text := found[1].strip()):
+            continue
+        if text not in FIGURE:
+            text = text.removesuffix(":")
+        name, *rest = text.replace(":", ": ", 1).split(maxsplit=1)
+        if last in FIGURE and found[1].startswith("  "):
+            # nbdev takes this line for a directive of its own.
+            if name in FLAGS or name in SWITCHES:
+                raise ValueError(f"a line of {last} must not begin with the directive {name!r}")
+            directives[last] = f"{directives[last]} {text}".strip()
+            continue
+        last, value = name, "".join(rest).strip()
+        if name in SWITCHES:
+            value = value.lower()
+        if name not in FLAGS | FIGURE | SWITCHES or (
+            name in SWITCHES and value not in ("true", "false")
+        ):
+            unknown.append(text)
+        directives[name] = value
+    if unknown:
+        raise ValueError(f"nbdev directives that the book does not know: {unknown}")
+    return directives, "".join(kept + lines).strip("\r\n")
 
 
 def bridge_cell(cell: dict) -> dict | None:
-    "The cell as a page shows it; None if it held nothing but directives."
+    "The cell as MyST-NB runs it; None if it held nothing but directives."
     if cell["cell_type"] != "code":
         return cell
-    source = "".join(cell["source"])
-    directives = DIRECTIVE.findall(source)
-    unknown = [d for d in directives if d not in TAGS and d.split()[0] not in SILENT]
-    if unknown:
-        raise ValueError(f"nbdev directives that the book does not know: {unknown}")
-    source = DIRECTIVE.sub("", source).strip("\n")
+    directives, source = read_directives("".join(cell["source"]))
     if not source:
         return None
-    tags = cell["metadata"].get("tags", []) + [TAGS[d] for d in directives if d in TAGS]
+    names = [f"{name} {value}" if name in SWITCHES else name for name, value in directives.items()]
+    tags = cell["metadata"].get("tags", []) + [TAGS[name] for name in names if name in TAGS]
     return {**cell, "source": source, "metadata": {**cell["metadata"], "tags": tags}}
+
+
+def page_cell(cell: dict, number: int) -> dict | None:
+    "The directive that says how a page shows a code cell, in a cell of its own before it."
+    directives, source = read_directives("".join(cell["source"]))
+    if not source or "hide" in directives:
+        return None
+    skipped = bool(REASONS.keys() & directives) or directives.get("eval:") == "false"
+    options = {
+        "cell": number,
+        "line": source.splitlines()[0],
+        "fold": folded(directives, source),
+        "skipped": " and ".join(REASONS[d] for d in REASONS if d in directives) if skipped else None,
+        "label": directives.get("label:"),
+        "caption": directives.get("fig-cap:"),
+        "alt": directives.get("fig-alt:"),
+    }
+    text = json.dumps({k: v for k, v in options.items() if v is not None}, ensure_ascii=False)
+    fence = "`" * 9
+    source = f"{fence}{{cell}}\n{text}\n{fence}"
+    return {"cell_type": "markdown", "id": f"page-{number}", "metadata": {}, "source": source}
 
 
 def bridge_notebook(text: str, inputs: str) -> str:
     "The notebook as MyST-NB should see it; `inputs` is what its outputs depend on."
     notebook = json.loads(text)
-    cells = map(bridge_cell, notebook["cells"])
-    notebook["cells"] = [cell for cell in cells if cell is not None]
+    cells = []
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code" and (shown := page_cell(cell, number)):
+            cells.append(shown)
+        if bridged := bridge_cell(cell):
+            cells.append(bridged)
+    notebook["cells"] = cells
     # Of a notebook's metadata, the execution cache hashes the kernelspec alone.
     notebook["metadata"]["kernelspec"]["inputs"] = inputs
     return json.dumps(notebook)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .grpo import _check_groups
-from .value_based import _like
+from .checks import check_at_least, check_bool, check_like, check_shape
+from .grpo import check_groups
 
 # %% ../nbs/47_dapo.ipynb #dd9c9232
 CLIP_HIGH = {  # $\epsilon_{high}$ beside $\epsilon_{low}=0.2$
@@ -35,7 +35,7 @@ def informative(
     Raises: `ValueError` unless the rewards are finite and come in groups of two or
     more.
     """
-    _check_groups(rewards)
+    check_groups(rewards)
     return (rewards != rewards[:, :1]).any(-1)
 
 # %% ../nbs/47_dapo.ipynb #07858d8c
@@ -64,9 +64,7 @@ def fill_groups(
     `max_draws` is not positive, or if `draw` does not return what it was asked for.
     Source: Yu et al. 2025.
     """
-    for name, x in {"size": size, "max_draws": max_draws}.items():
-        if x < 1:
-            raise ValueError(f"{name} must be at least 1, got {x}")
+    check_at_least(1, size=size, max_draws=max_draws)
     groups, kept, dead = [], [], []
     for draws in range(1, max_draws + 1):
         drawn, missing = len(groups) + len(dead), size - len(groups)
@@ -116,7 +114,7 @@ def upweight(
     Raises: `ValueError` if the shapes differ, and unless the rewards are finite and
     come in groups of two or more.
     """
-    _like("rewards", rewards, advantages=advantages)
+    check_like("rewards", rewards, advantages=advantages)
     keep = informative(rewards)
     share = keep.to(advantages.dtype).mean()
     return torch.where(keep[:, None], advantages / share, 0)
@@ -130,12 +128,9 @@ def drop_truncated(
 
     Raises: `ValueError` if one is not bool, or `finished` is not one entry a row.
     """
-    for name, x in {"mask": mask, "finished": finished}.items():
-        if x.dtype != torch.bool:
-            raise ValueError(f"{name} must be bool, got {x.dtype}")
-    if mask.ndim != 2 or finished.shape != mask.shape[:1]:
-        got = f"{list(finished.shape)} with mask {list(mask.shape)}"
-        raise ValueError(f"finished must be one entry a row of the mask, got {got}")
+    check_bool(mask=mask, finished=finished)
+    check_shape(("N", "L"), mask=mask)
+    check_shape(mask.shape[:1], finished=finished)
     return mask & finished[:, None]
 
 # %% ../nbs/47_dapo.ipynb #4a41cfaa

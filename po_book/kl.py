@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .ppo import _data, approx_kl
-from .value_based import _like
+from .checks import check_detached, check_known, check_like
+from .ppo import approx_kl
 
 # %% ../nbs/44_kl.ipynb #bbff4b5f
 def exact_kl(
@@ -27,7 +27,7 @@ def exact_kl(
 
     Raises: `ValueError` if the shapes differ.
     """
-    _like("logits_p", logits_p, logits_q=logits_q)
+    check_like("logits_p", logits_p, logits_q=logits_q)
     logp, logq = logits_p.log_softmax(-1), logits_q.log_softmax(-1)
     p = logp.exp()
     return (p * torch.where(p > 0, logp - logq, 0)).sum(-1)
@@ -54,8 +54,7 @@ def kl_estimate(
     is unknown.
     Source: Schulman 2020.
     """
-    _like("logp", logp, logp_ref=logp_ref)
-    _data(logp_ref=logp_ref)
-    if kind not in _ESTIMATORS:
-        raise ValueError(f"kind must be one of {', '.join(_ESTIMATORS)}, got {kind!r}")
+    check_like("logp", logp, logp_ref=logp_ref)
+    check_detached(logp_ref=logp_ref)
+    check_known(_ESTIMATORS, kind=kind)
     return _ESTIMATORS[kind](logp_ref - logp)

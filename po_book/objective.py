@@ -331,12 +331,13 @@ class Aggregation:
     def __call__(
         self,
         mask: Bool[Tensor, "N L"],  # true at tokens of the completions
+        dtype: torch.dtype | None = None,  # None takes torch's default
     ) -> Float[Tensor, "N L"]:
         """Weights of tokens, 0 outside the mask.
 
         Raises: `ValueError` as `token_weights` does.
         """
-        return token_weights(mask, self.how, self.max_len)
+        return token_weights(mask, self.how, self.max_len, dtype)
 
 # %% ../nbs/48_objective.ipynb #e8ac4aef
 @dataclass(frozen=True)
@@ -403,7 +404,8 @@ def objective_loss(
     advantages = _per_token(advantages, logp)
     _like("logp", logp, logp_old=logp_old, logp_ref=logp_ref, mask=mask)
     _like("logp", logp, weights=weights)
-    weights = objective.aggregation(mask) if weights is None else weights
+    if weights is None:
+        weights = objective.aggregation(mask, logp.dtype)
     logp, logp_old, advantages, logp_ref = _keep(
         mask, logp, logp_old, advantages, logp_ref
     )

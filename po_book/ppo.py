@@ -13,23 +13,27 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .value_based import _like
+from po_book.checks import (
+    check_at_least,
+    check_detached,
+    check_in,
+    check_like,
+    check_positive,
+    keep,
+    require,
+)
 
 # %% ../nbs/22_ppo.ipynb #3102b9b1
 MAX_LOG_RATIO = 20.0  # $e^{20}$ leaves 30 orders of magnitude to float32's largest
 
-# %% ../nbs/22_ppo.ipynb #56cb2377
-def _data(**fixed: Tensor | None) -> None:
-    "Refuse tensors through which a gradient would flow."
-    for name, x in fixed.items():
-        if x is not None and x.requires_grad:
-            raise ValueError(f"{name} must be detached (it is data), got a gradient")
+# %% ../nbs/22_ppo.ipynb #852c51a9
+_data, _keep = check_detached, keep  # the names some modules still know
 
 # %% ../nbs/22_ppo.ipynb #9b0ab1df
 def _log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
     "Log of {eq}`eq-ppo-ratio`, cut so that its exponential is finite."
-    _like("logp", logp, logp_old=logp_old)
-    _data(logp_old=logp_old)
+    check_like("logp", logp, logp_old=logp_old)
+    check_detached(logp_old=logp_old)
     return (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 # %% ../nbs/22_ppo.ipynb #7ae73e30
@@ -47,6 +51,12 @@ def ratio(
     return _log_ratio(logp, logp_old).exp()
 
 # %% ../nbs/22_ppo.ipynb #cfe9f44f
+def _k3(log_ratio: Tensor) -> Tensor:
+    "Estimate of the divergence from log-ratios that are known."
+    # expm1 keeps the digits that exp(x) - 1 loses where the policies are close
+    return log_ratio.expm1() - log_ratio
+
+# %% ../nbs/22_ppo.ipynb #77293059
 def approx_kl(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$, $a\sim\pi_{old}$
@@ -55,9 +65,7 @@ def approx_kl(
 
     Raises: `ValueError` if the shapes differ or `logp_old` carries a gradient.
     """
-    log_ratio = _log_ratio(logp, logp_old)
-    # expm1 keeps the digits that exp(x) - 1 loses where the policies are close
-    return log_ratio.expm1() - log_ratio
+    return _k3(_log_ratio(logp, logp_old))
 
 # %% ../nbs/22_ppo.ipynb #26f399db
 def kl_penalty(
@@ -72,10 +80,9 @@ def kl_penalty(
     Raises: `ValueError` if shapes differ, if data carry a gradient, and if `beta` < 0.
     Source: Schulman et al. 2017, equation 8.
     """
-    if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, got {beta}")
-    _like("logp", logp, advantages=advantages, kl=kl)
-    _data(advantages=advantages)
+    check_at_least(0, beta=beta)
+    check_like("logp", logp, advantages=advantages, kl=kl)
+    check_detached(advantages=advantages)
     kl = approx_kl(logp, logp_old) if kl is None else kl
     return ratio(logp, logp_old) * advantages - beta * kl
 
@@ -96,17 +103,11 @@ class AdaptiveKL:
 
     def __post_init__(self) -> None:
         "Refuse settings with which the rule would not make sense."
-        lowest, highest = self.bounds
-        rules = {
-            "target": (0 < self.target < float("inf"), "positive and finite"),
-            "factor": (self.factor > 1, "above 1"),
-            "band": (self.band > 1, "above 1"),
-            "bounds": (0 < lowest <= highest, "positive and ordered"),
-            "beta": (lowest <= self.beta <= highest, f"within bounds {self.bounds}"),
-        }
-        for name, (ok, rule) in rules.items():
-            if not ok:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+        low, high = self.bounds
+        check_in("(0, inf)", target=self.target)
+        check_in("(1, inf]", factor=self.factor, band=self.band)
+        require(0 < low <= high, "bounds", "positive and ordered", self.bounds)
+        check_in(f"[{low}, {high}]", beta=self.beta)
 
     def update(self, kl: float) -> float:
         """Adapt `beta` to the divergence `kl` just measured, and return it.
@@ -114,8 +115,7 @@ class AdaptiveKL:
         Raises: `ValueError` if `kl` is NaN.
         """
         kl = float(kl)
-        if kl != kl:
-            raise ValueError("kl must be a number, got NaN")
+        require(kl == kl, "kl", "a number", kl)
         if kl > self.band * self.target:
             self.beta *= self.factor
         elif kl < self.target / self.band:
@@ -128,12 +128,18 @@ def _check_clip(low: float, high: float, dual: float | None) -> None:
     "Refuse bounds that make no band around one; tensors are not looked at."
     if torch.is_tensor(low) or torch.is_tensor(high):
         return  # on a GPU to look would be to wait
-    if not 0 <= low < 1:
-        raise ValueError(f"clip_low must be in [0, 1), got {low}")
-    if not high >= 0:
-        raise ValueError(f"clip_high must be at least 0, got {high}")
-    if dual is not None and not dual > 1 + high:
-        raise ValueError(f"dual_clip must be above 1 + clip_high, got {dual}")
+    check_in("[0, 1)", clip_low=low)
+    check_at_least(0, clip_high=high)
+    if dual is not None:
+        require(dual > 1 + high, "dual_clip", "above 1 + clip_high", dual)
+
+# %% ../nbs/22_ppo.ipynb #5d897c68
+def _clipped(
+    rho: Tensor, advantages: Tensor, low: float, high: float, dual: float | None
+) -> Tensor:
+    "Clipped surrogate of ratios that are known."
+    rho = rho if dual is None else rho.clamp(max=dual)
+    return torch.minimum(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)
 
 # %% ../nbs/22_ppo.ipynb #4401528a
 def clipped_surrogate(
@@ -153,13 +159,10 @@ def clipped_surrogate(
     """
     clip_high = clip_low if clip_high is None else clip_high
     _check_clip(clip_low, clip_high, dual_clip)
-    _like("logp", logp, advantages=advantages)
-    _data(advantages=advantages)
+    check_like("logp", logp, advantages=advantages)
+    check_detached(advantages=advantages)
     rho = ratio(logp, logp_old)
-    if dual_clip is not None:
-        rho = rho.clamp(max=dual_clip)
-    clipped = rho.clamp(1 - clip_low, 1 + clip_high)
-    return torch.minimum(rho * advantages, clipped * advantages)
+    return _clipped(rho, advantages, clip_low, clip_high, dual_clip)
 
 # %% ../nbs/22_ppo.ipynb #52e9c233
 def value_loss(
@@ -174,15 +177,14 @@ def value_loss(
     positive, and if `clip` is given without `values_old`.
     Source: Schulman et al. 2017, equation 9.
     """
-    _like("values", values, returns=returns, values_old=values_old)
-    _data(returns=returns, values_old=values_old)
+    check_like("values", values, returns=returns, values_old=values_old)
+    check_detached(returns=returns, values_old=values_old)
     error = (values - returns) ** 2
     if clip is None:
         return error / 2
-    if not clip > 0:
-        raise ValueError(f"clip must be positive, got {clip}")
-    if values_old is None:
-        raise ValueError("values_old must be given when values are clipped, got None")
+    check_positive(clip=clip)
+    given = values_old is not None
+    require(given, "values_old", "given when values are clipped", values_old)
     near = values_old + (values - values_old).clamp(-clip, clip)
     return torch.maximum(error, (near - returns) ** 2) / 2
 
@@ -197,6 +199,11 @@ def entropy(
     return (logp.exp() * surprise).sum(-1)
 
 # %% ../nbs/22_ppo.ipynb #e94b45cf
+def _outside(rho: Tensor, low: float, high: float) -> Tensor:
+    "1 where a ratio that is known has left the band, else 0."
+    return (rho != rho.clamp(1 - low, 1 + high)).to(rho.dtype)
+
+# %% ../nbs/22_ppo.ipynb #473f5fb4
 def outside_band(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$
@@ -207,18 +214,8 @@ def outside_band(
 
     Raises: `ValueError` if the shapes differ or `logp_old` carries a gradient.
     """
-    rho = ratio(logp, logp_old)
     clip_high = clip_low if clip_high is None else clip_high
-    return (rho != rho.clamp(1 - clip_low, 1 + clip_high)).to(rho.dtype)
-
-# %% ../nbs/22_ppo.ipynb #73998e7c
-def _keep(mask: Tensor | None, *columns: Tensor | None) -> tuple[Tensor | None, ...]:
-    "The columns with zeros where `mask` is false; what stood there reaches nothing."
-    if mask is None:
-        return columns
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be a bool tensor, got {mask.dtype}")
-    return tuple(x if x is None else torch.where(mask, x, 0) for x in columns)
+    return _outside(ratio(logp, logp_old), clip_low, clip_high)
 
 # %% ../nbs/22_ppo.ipynb #63df9a4f
 def masked_mean(
@@ -229,8 +226,8 @@ def masked_mean(
 
     Raises: `ValueError` if `mask` has another shape or is not bool.
     """
-    _like("x", x, mask=mask)
-    (x,) = _keep(mask, x)
+    check_like("x", x, mask=mask)
+    (x,) = keep(mask, x)
     return x.mean() if mask is None else x.sum() / mask.sum().clamp(min=1)
 
 # %% ../nbs/22_ppo.ipynb #97797309
@@ -245,7 +242,7 @@ def explained_variance(
 
     Raises: `ValueError` if shapes differ or `mask` is not bool.
     """
-    _like("values", values, returns=returns, mask=mask)
+    check_like("values", values, returns=returns, mask=mask)
 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
@@ -278,20 +275,23 @@ def ppo_loss(
     Raises: `ValueError` naming the argument of wrong shape, type or range.
     Source: Schulman et al. 2017, equation 9.
     """
-    if logp.numel() == 0:
-        raise ValueError(f"logp must have elements, got shape {tuple(logp.shape)}")
-    _like("logp", logp, logp_old=logp_old, advantages=advantages, entropy=entropy,
-          values=values, returns=returns, values_old=values_old, mask=mask)
-    logp, logp_old, advantages, entropy, values, returns, values_old = _keep(
+    require(logp.numel(), "logp", "a batch with elements", f"shape {tuple(logp.shape)}")
+    check_like("logp", logp, logp_old=logp_old, advantages=advantages, entropy=entropy,
+               values=values, returns=returns, values_old=values_old, mask=mask)
+    logp, logp_old, advantages, entropy, values, returns, values_old = keep(
         mask, logp, logp_old, advantages, entropy, values, returns, values_old
     )
-    clip, now = (clip_low, clip_high), logp.detach()
+    clip = clip_low, clip_low if clip_high is None else clip_high
+    _check_clip(*clip, dual_clip)
+    check_detached(advantages=advantages)
+    log_ratio = _log_ratio(logp, logp_old)
+    rho = log_ratio.exp()
     terms = {
-        "policy_loss": -clipped_surrogate(logp, logp_old, advantages, *clip, dual_clip),
+        "policy_loss": -_clipped(rho, advantages, *clip, dual_clip),
         "value_loss": value_loss(values, returns, values_old, value_clip),
         "entropy": entropy,
-        "approx_kl": approx_kl(now, logp_old),
-        "clip_fraction": outside_band(now, logp_old, *clip),
+        "approx_kl": _k3(log_ratio.detach()),
+        "clip_fraction": _outside(rho.detach(), *clip),
     }
     mean = {k: masked_mean(x, mask) for k, x in terms.items()}
     mean["explained_variance"] = explained_variance(values, returns, mask)

@@ -13,10 +13,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .advantage import gae
+from po_book.checks import (
+    check_at_least,
+    check_bool,
+    check_detached,
+    check_finite,
+    check_like,
+    check_shape,
+    keep,
+    require,
+)
 from .kl import kl_estimate
 from .language_model import Samples, ValueModel, token_logprobs
-from .ppo import _data, _keep
-from .value_based import _like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,9 +32,8 @@ if TYPE_CHECKING:
 # %% ../nbs/45_rlhf.ipynb #f5ff65e1
 def _last(mask: Bool[Tensor, "N L"]) -> Bool[Tensor, "N L"]:
     "True at the last token of every row that has one."
-    if mask.ndim != 2 or mask.dtype != torch.bool:
-        got = f"{mask.dtype} {list(mask.shape)}"
-        raise ValueError(f"mask must be a bool tensor [N, L], got {got}")
+    check_bool(mask=mask)
+    check_shape(("N", "L"), mask=mask)
     return mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
 
 # %% ../nbs/45_rlhf.ipynb #5916d657
@@ -46,16 +53,12 @@ def kl_rewards(
     Source: Ziegler et al. 2019, equation 2; Ouyang et al. 2022, equation 2.
     """
     last = _last(mask)
-    if rewards.shape != mask.shape[:1]:
-        got = f"{list(rewards.shape)} for the {len(mask)} rows of mask"
-        raise ValueError(f"rewards must be [N], one a row, got {got}")
-    if not rewards.isfinite().all():
-        raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
-    if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, got {beta}")
-    _like("mask", mask, logp=logp)
-    _data(rewards=rewards, logp=logp)
-    (log_ratio,) = _keep(mask, kl_estimate(logp, logp_ref, "k1"))
+    check_shape(mask.shape[:1], rewards=rewards)
+    check_like("mask", mask, logp=logp)
+    check_at_least(0, beta=beta)
+    check_detached(rewards=rewards, logp=logp)
+    check_finite(rewards=rewards)
+    (log_ratio,) = keep(mask, kl_estimate(logp, logp_ref, "k1"))
     if not log_ratio.isfinite().all():
         raise ValueError("logp and logp_ref must be finite where mask is true")
     return torch.where(last, rewards[:, None], 0) - beta * log_ratio
@@ -76,14 +79,14 @@ def token_gae(
     `gamma` or `lam` is not in [0, 1], or (on CPU) something under the mask is NaN.
     """
     end = _last(mask)
-    _like("mask", mask, rewards=rewards, values=values)
-    _data(rewards=rewards, values=values)
+    check_like("mask", mask, rewards=rewards, values=values)
+    check_detached(rewards=rewards, values=values)
     if ((mask & ~end)[:, :-1] & ~mask[:, 1:]).any():
         raise ValueError("mask must be one block of tokens a row, got a row with gaps")
-    rewards, values = _keep(mask, rewards, values)
+    rewards, values = keep(mask, rewards, values)
     following = nn.functional.pad(values[:, 1:], (0, 1))
     by_time = (x.T for x in (rewards, values, following, end, end))
-    (advantages,) = _keep(mask, gae(*by_time, gamma, lam).T)
+    (advantages,) = keep(mask, gae(*by_time, gamma, lam).T)
     return advantages
 
 # %% ../nbs/45_rlhf.ipynb #6eecaa41
@@ -108,7 +111,7 @@ def rlhf_batch(
     ids, mask, real = samples.ids, samples.mask, samples.attention_mask
     logp, rewards = samples.logps, rewards.to(ids.device)
     logp_ref = token_logprobs(reference, ids, mask, temperature, attention_mask=real)
-    (values,) = _keep(mask, critic(ids, real))
+    (values,) = keep(mask, critic(ids, real))
     token_rewards = kl_rewards(rewards, logp, logp_ref, mask, beta)
     advantages = token_gae(token_rewards, values, mask, gamma, lam)
     return {
@@ -131,9 +134,8 @@ def networks_held(
     """
     owner, rows = {}, []
     for name, module in modules.items():
-        if not isinstance(module, nn.Module):
-            hint = "a rule is no network: leave it out"
-            raise ValueError(f"{name} must be a module, got {type(module)}; {hint}")
+        got = f"{type(module)}; a rule is no network: leave it out"
+        require(isinstance(module, nn.Module), name, "a module", got)
         # Weights on the meta device have no address.
         held = {(p.device, p.data_ptr() or id(p)): p for p in module.parameters()}
         new = [p for key, p in held.items() if key not in owner]

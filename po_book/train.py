@@ -58,7 +58,7 @@ from po_book.rollout import (
     make_q_policy,
     make_stepper,
 )
-from .trust_region import trpo_step
+from .natural_gradient import trpo_step
 from .value_based import Replay, q_loss, soft_update, td_target
 
 # %% ../nbs/36_cartpole.ipynb #71b05fea

@@ -1,4 +1,7 @@
-"The site in a real browser, as a reader in light and in dark mode sees it."
+"""The site in a real browser, as a reader in light and in dark mode sees it.
+
+Every test waits for what it looks at, and gives a busy machine two minutes for it.
+"""
 
 import threading
 from functools import partial
@@ -6,7 +9,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import toc_pages
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
+
+PATIENCE = 120_000  # ms
 
 FLAGS = [
     "--no-sandbox",
@@ -45,6 +50,13 @@ LOW_CONTRAST = """() => {
 }"""
 
 
+# Formulas far from the screen wait until a reader comes near; a test asks for them.
+TYPESET_ALL = """async () => {
+  await MathJax.startup.promise;
+  await MathJax.startup.document.lazyTypesetAll();
+}"""
+
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
@@ -61,6 +73,7 @@ def url(site):
 @pytest.fixture(scope="module")
 def browser(chromium):
     with sync_playwright() as playwright:
+        expect.set_options(timeout=PATIENCE)
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
         browser.close()
@@ -73,6 +86,7 @@ def opened(browser, url):
 
     def open_page(name: str, mode: str):
         context = browser.new_context(color_scheme=mode, viewport={"width": 1300, "height": 900})
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         tab = context.new_page()
         errors, elsewhere = [], []
@@ -80,6 +94,8 @@ def opened(browser, url):
         tab.on("pageerror", lambda e: errors.append(str(e)))
         tab.on("request", lambda r: None if r.url.startswith((url, "data:")) else elsewhere.append(r.url))
         tab.goto(f"{url}/{name}.html", wait_until="networkidle")
+        # A script of the theme turns "auto" into the mode that the browser asks for.
+        tab.wait_for_function("mode => document.documentElement.dataset.theme === mode", arg=mode)
         return tab, errors, elsewhere
 
     yield open_page
@@ -90,21 +106,31 @@ def opened(browser, url):
 @pytest.mark.parametrize("name", toc_pages())
 def test_a_page_renders_without_errors_and_alone(opened, name):
     tab, errors, elsewhere = opened(name, "light")
-    wanted = tab.locator("article .math").count()
-    if wanted:
+    if tab.locator("article .math").count():
+        tab.evaluate(TYPESET_ALL)
         tab.wait_for_function(
-            "document.querySelectorAll('article mjx-container').length >= "
-            "document.querySelectorAll('article .math').length"
+            "[...document.querySelectorAll('article .math')]"
+            ".every(node => node.querySelector('mjx-math'))"
         )
     assert tab.locator("mjx-merror").count() == 0
+    assert tab.locator("mjx-container[tabindex='0']").count() == 0
     assert errors == [] and elsewhere == []
+
+
+def test_formulas_are_set_when_they_come_near(opened):
+    "The first screen is ready without the rest of a long page, and the rest follows."
+    tab, _, _ = opened("20_trust_region", "light")
+    first, last = tab.locator("article .math").first, tab.locator("article .math").last
+    expect(first.locator("mjx-math")).to_be_visible()
+    expect(last.locator("mjx-math")).to_have_count(0)
+    last.scroll_into_view_if_needed()
+    expect(last.locator("mjx-math")).to_be_visible()
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
 @pytest.mark.parametrize("name", toc_pages())
 def test_text_is_readable(opened, name, mode):
     tab, _, _ = opened(name, mode)
-    assert tab.locator("html").get_attribute("data-theme") == mode
     assert tab.evaluate(LOW_CONTRAST) == []
 
 
@@ -120,7 +146,7 @@ def test_figures_follow_the_mode(opened):
 def test_search_finds_a_chapter(opened):
     tab, errors, elsewhere = opened("search", "light")
     tab.goto(tab.url + "?q=advantage")
-    tab.wait_for_selector("#search-results li a")
+    expect(tab.locator("#search-results > h2")).to_have_text("Search Results")
     found = tab.locator("#search-results li a").all_text_contents()
     assert any("Advantage" in text for text in found)
     assert errors == [] and elsewhere == []
@@ -130,14 +156,14 @@ def test_a_folded_solution_opens(opened):
     tab, _, _ = opened("10_verify", "light")
     solution = tab.locator("div.solution").first
     text = solution.locator("p").last
-    assert not text.is_visible()
+    expect(text).to_be_hidden()
     solution.locator(".admonition-title").click()
-    assert text.is_visible()
+    expect(text).to_be_visible()
 
 
 def test_a_folded_proof_opens(opened):
     tab, _, _ = opened("13_policy_gradient", "light")
     proof = tab.locator("details", has_text="Proof").first
-    assert not proof.locator("p").last.is_visible()
+    expect(proof.locator("p").last).to_be_hidden()
     proof.locator("summary").click()
-    assert proof.locator("p").last.is_visible()
+    expect(proof.locator("p").last).to_be_visible()

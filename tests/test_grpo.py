@@ -163,7 +163,7 @@ def test_divided_by_the_deviation_the_push_at_one_half_is_below_one_half(size, w
         (torch.zeros(2, 2, 2), r"rewards must be \[P, G\]"),
         (torch.tensor([[0.0, math.nan]]), "rewards must be finite"),
         (torch.tensor([[0.0, math.inf]]), "rewards must be finite"),
-        (torch.tensor([[0, 1]]), "rewards must be finite floats"),
+        (torch.tensor([[0, 1]]), "rewards must be floats, got torch.int64"),
     ],
 )
 def test_rewards_that_are_no_groups_of_numbers_are_refused(function, rewards, match):
@@ -172,7 +172,7 @@ def test_rewards_that_are_no_groups_of_numbers_are_refused(function, rewards, ma
 
 
 def test_unknown_scale_and_negative_eps_are_refused():
-    with pytest.raises(ValueError, match="scale must be group, batch or none, got 'std'"):
+    with pytest.raises(ValueError, match="scale must be one of group, batch, none, got"):
         group_advantages(torch.zeros(1, 2), "std")
     for eps in -1e-6, math.nan:
         with pytest.raises(ValueError, match="eps must be at least 0, got"):
@@ -232,9 +232,9 @@ def test_bad_steps_are_refused():
             process_advantages(rewards, ends, size)
     with pytest.raises(ValueError, match="ends must have rewards's shape"):
         process_advantages(rewards, ends[:, :2], 2)
-    with pytest.raises(ValueError, match="mask must be a bool tensor"):
+    with pytest.raises(ValueError, match="ends must be a bool tensor"):
         process_advantages(rewards, ends.long(), 2)
-    with pytest.raises(ValueError, match="finite where a step ends"):
+    with pytest.raises(ValueError, match="rewards must be finite, got nan"):
         process_advantages(rewards / 0, ends, 2)
     with pytest.raises(ValueError, match="eps must be at least 0"):
         process_advantages(rewards, ends, 2, eps=-1.0)
@@ -296,11 +296,11 @@ def test_masked_entries_reach_neither_the_sum_nor_its_gradient(how, max_len):
 @pytest.mark.parametrize(
     "call, match",
     [
-        (lambda m: token_weights(m, "mean"), "how to aggregate must be sample, token or"),
+        (lambda m: token_weights(m, "mean"), "how to aggregate must be one of sample, token"),
         (lambda m: token_weights(m, "constant"), "max_len must be positive .* got None"),
         (lambda m: token_weights(m, "constant", 0), "max_len must be positive .* got 0"),
-        (lambda m: token_weights(m.long()), r"mask must be bool of shape \[N, L\]"),
-        (lambda m: token_weights(m[0]), r"mask must be bool of shape \[N, L\]"),
+        (lambda m: token_weights(m.long()), "mask must be a bool tensor, got torch.int64"),
+        (lambda m: token_weights(m[0]), r"mask must have shape \(N, L\), got \(3,\)"),
         (lambda m: aggregate(torch.zeros(2, 4), m), "mask must have x's shape"),
     ],
 )
@@ -458,6 +458,35 @@ def test_empty_rows_and_an_empty_mask_are_finite(batch):
     assert all(x == 0 for x in metrics.values())
 
 
+@pytest.mark.parametrize("how, max_len", HOWS)
+def test_float64_stays_float64_whatever_the_default(batch, how, max_len):
+    mask, options = batch["mask"], {"aggregate": how, "max_len": max_len, "beta": 0.2}
+
+    def everything():
+        loss, gradient, metrics = loss_and_gradient(batch, **options)
+        groups, ends = batch["advantages"].view(2, 3), mask & ~mask.roll(-1, 1)
+        return [
+            loss, gradient, *metrics.values(),
+            aggregate(batch["logp"], mask, how, max_len),
+            token_weights(mask, how, max_len, torch.float64),
+            group_advantages(groups), group_advantages(groups, "batch"),
+            group_advantages(groups, "none"), leave_one_out(groups),
+            process_advantages(batch["logp"], ends, 3),
+        ]
+
+    want = everything()
+    torch.set_default_dtype(torch.float32)
+    for got, exact in zip(everything(), want, strict=True):
+        assert got.dtype == torch.float64
+        close(got, exact)
+    single = {k: x.float() if x.is_floating_point() else x for k, x in batch.items()}
+    torch.set_default_dtype(torch.float64)
+    loss, gradient, metrics = loss_and_gradient(single, **options)
+    total = aggregate(single["logp"], mask, how, max_len)
+    assert {x.dtype for x in (loss, gradient, total, *metrics.values())} == {torch.float32}
+    close(loss, want[0], 1e-6)
+
+
 def test_ratios_that_would_overflow_stay_finite(batch):
     for shift in -2000.0, 2000.0:
         far = dict(batch, logp=batch["logp"] + shift)
@@ -482,7 +511,7 @@ def test_the_surrogate_is_that_of_ppo(batch):
         ({"logp_old": torch.zeros(6, 4)}, "logp_old must have logp's shape"),
         ({"logp_ref": torch.zeros(6, 4)}, "logp_ref must have logp's shape"),
         ({"mask": torch.ones(6, 4) > 0}, "mask must have logp's shape"),
-        ({"mask": torch.ones(6, 5)}, "mask must be bool"),
+        ({"mask": torch.ones(6, 5)}, "mask must be a bool tensor"),
         ({"clip_low": 1.0}, "clip_low must be in"),
         ({"clip_high": -0.1}, "clip_high must be at least 0"),
         ({"aggregate": "mean"}, "how to aggregate must be .* got 'mean'"),

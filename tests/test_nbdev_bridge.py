@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from nbdev_bridge import bridge_cell, bridge_notebook, hash_files
+from nbdev_bridge import bridge_cell, bridge_notebook, hash_files, page_cell, read_directives
 
 
 def code(source: str, **metadata) -> dict:
@@ -13,7 +13,6 @@ def code(source: str, **metadata) -> dict:
     [
         ("hide", "remove-cell"),
         ("echo: false", "remove-input"),
-        ("code-fold: true", "hide-input"),
         ("eval: false", "skip-execution"),
         ("slow", "skip-execution"),
         ("cuda", "skip-execution"),
@@ -36,8 +35,8 @@ def test_a_source_given_as_lines_reads_the_same():
 
 
 def test_several_directives_in_one_cell():
-    cell = bridge_cell(code("#| slow\n#| code-fold: true\nx = 1"))
-    assert cell["metadata"]["tags"] == ["skip-execution", "hide-input"]
+    cell = bridge_cell(code("#| slow\n#| echo: false\nx = 1"))
+    assert cell["metadata"]["tags"] == ["skip-execution", "remove-input"]
 
 
 def test_tags_that_were_there_stay():
@@ -52,6 +51,99 @@ def test_a_cell_of_directives_alone_disappears():
 def test_an_unknown_directive_is_an_error():
     with pytest.raises(ValueError, match="colapse"):
         bridge_cell(code("#| colapse: true\nx = 1"))
+
+
+TEXT = 'text = """\n#| export\n"""'
+
+
+@pytest.mark.parametrize(
+    "source, left, tags",
+    [
+        (TEXT, TEXT, []),
+        ("x = 1\n# | a | b |", "x = 1\n# | a | b |", []),
+        ("#|\nx = 1", "x = 1", []),
+        ("#|eval:false\nx", "x", ["skip-execution"]),
+        ("#| eval: true\nx", "x", []),
+        ("# | hide:\nx", "x", ["remove-cell"]),
+        ("#| hide\r\nx = 1", "x = 1", ["remove-cell"]),
+        ("#| export other.module\nx", "x", []),
+        ("\n#| export\n\n  #| slow\nx", "x", ["skip-execution"]),
+        ("%%time\n#| slow\nx", "%%time\nx", ["skip-execution"]),
+    ],
+    ids=[
+        "string", "table", "empty", "tight", "switched on", "colon", "windows", "argument",
+        "spread", "magic",
+    ],
+)
+def test_directives_stand_where_nbdev_reads_them(source, left, tags):
+    cell = bridge_cell(code(source))
+    assert (cell["source"], cell["metadata"]["tags"]) == (left, tags)
+
+
+@pytest.mark.parametrize("line", ["hide", "export a.b", "eval: false", "slow:", "exporti"])
+def test_nbdev_reads_the_same(line):
+    from execnb.nbio import mk_cell
+    from nbdev.process import extract_directives
+
+    source = f"\n#| {line}\n# | cuda\nx = 1\n#| hide"
+    theirs = extract_directives(mk_cell(source, "code"))
+    ours, _ = read_directives(source)
+    assert {name: " ".join(args) for name, args in theirs.items()} == ours
+
+
+@pytest.mark.parametrize("directive", ["Hide", "echo: perhaps", "colapse: true", "1 | 2 |"])
+def test_what_is_unknown_is_named(directive):
+    with pytest.raises(ValueError, match="that the book does not know") as error:
+        bridge_cell(code(f"#| export\n#| {directive}\nx = 1"))
+    assert repr([directive]) in str(error.value)
+
+
+def page(source: str) -> dict | None:
+    "What the page of a cell is told."
+    cell = page_cell(code(source), 7)
+    return cell and json.loads(cell["source"].splitlines()[1])
+
+
+def test_a_page_is_told_which_cell_it_shows():
+    assert page("#| export\n\ndef f():\n    return 1") == {"cell": 7, "line": "def f():"}
+    assert page("#| hide\nx") is None and page("#| default_exp ppo") is None
+
+
+def test_the_options_of_a_figure():
+    source = "#| label: fig-a\n#| fig-cap: Two: $x$\n#|   and `y`.\n#| fig-alt:\n#|   One\n#|   line\nx"
+    shown = page(source)
+    assert (shown["label"], shown["caption"], shown["alt"]) == ("fig-a", "Two: $x$ and `y`.", "One line")
+    assert shown["fold"] == "the code of the figure"
+    assert bridge_cell(code(source))["source"] == "x"
+
+
+def test_a_continued_caption_is_no_directive():
+    with pytest.raises(ValueError, match="'hide'"):
+        page("#| fig-cap: These lines\n#|   hide the cell in nbdev.\nx")
+
+
+@pytest.mark.parametrize(
+    "directives, why",
+    [
+        ("#| slow", "takes minutes"),
+        ("#| cuda", "needs a GPU"),
+        ("#| cuda\n#| slow", "takes minutes and needs a GPU"),
+        ("#| eval: false", ""),
+    ],
+)
+def test_a_cell_that_is_not_run_says_why(directives, why):
+    shown = page(f"{directives}\nplt.plot(holds(1))")
+    assert shown["skipped"] == why and "fold" not in shown
+
+
+def test_how_a_cell_looks_does_not_make_it_run_again():
+    def runs(source: str) -> list[dict]:
+        cells = [{**code(source), "outputs": [], "execution_count": None, "id": "a"}]
+        text = {"cells": cells, "metadata": {"kernelspec": {}}}
+        shown = json.loads(bridge_notebook(json.dumps(text), ""))["cells"]
+        return [cell for cell in shown if cell["cell_type"] == "code"]
+
+    assert runs("#| code-fold: true\n#| fig-cap: A\nx") == runs("#| fig-alt: B\nx") == runs("x")
 
 
 def test_prose_is_left_alone():

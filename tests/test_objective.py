@@ -164,7 +164,7 @@ def test_parts_of_a_batch_with_its_weights_add_up_to_the_whole(data):
     for name in "grpo", "dapo", "rloo":
         objective, reference = PRESETS[name], data["logp_ref"]
         whole, _ = objective_loss(objective, *rows(data), logp_ref=reference)
-        weights = objective.aggregation(data["mask"])
+        weights = objective.aggregation(data["mask"], data["logp"].dtype)
         parts = zip(*(x.split(3) for x in (*rows(data), reference, weights)))
         total = sum(
             objective_loss(objective, *x, logp_ref=ref, weights=w)[0]
