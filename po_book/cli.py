@@ -82,7 +82,7 @@ from po_book.train_lm import (
     LMConfig,
     LMRun,
     WordProblems,
-    _checked,
+    fit_objective,
     default_lm_config,
     train_lm,
 )
@@ -315,7 +315,7 @@ class Language:
             raise ValueError(f"{out} holds a run already: {hint}")
         if self.sft_steps < 1:
             raise ValueError(f"sft_steps must be at least 1, got {self.sft_steps}")
-        _checked(self.objective, self.config)
+        fit_objective(self.objective, self.config)
         task, _ = self.graded_by()
         if self.model is None:
             _teach(task, self.sft_steps, self.seed, self.device, out / "start")
