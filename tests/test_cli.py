@@ -18,10 +18,11 @@ from PIL import Image
 
 import po_book.train
 from po_book import cli
-from po_book.cli import LANGUAGE, load_reward, load_task, main, record_episode
+from po_book.cli import LANGUAGE, load_reward, load_task, main
 from po_book.language_model import char_tokenizer, load_lm, sample, tiny_lm
 from po_book.objective import PRESETS, Clip, Group, InLoss
 from po_book.rollout import evaluate, make_policy, make_q_policy
+from po_book.runs import record_episode
 from po_book.train import ALGORITHMS, PPOConfig, default_config, load_run, train
 from po_book.train_lm import LMConfig, default_lm_config, train_lm
 
@@ -625,7 +626,7 @@ def test_a_mistake_is_answered_without_a_traceback(line, code, complaint, here, 
 
 def test_a_video_that_is_no_gif_is_refused(trained, here, capsys):
     assert run(f"evaluate {trained} --video episode.mp4") == 1
-    assert "video must end in .gif, got episode.mp4" in capsys.readouterr().err
+    assert "video must be a path that ends in .gif, got episode.mp4" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_says_how_far_it_came(here, capsys):
