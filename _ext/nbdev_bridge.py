@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from cell_rules import folded
+from chapter_numbers import chapter_files, link_chapters
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
@@ -107,13 +108,18 @@ def page_cell(cell: dict, number: int) -> dict | None:
     return {"cell_type": "markdown", "id": f"page-{number}", "metadata": {}, "source": source}
 
 
-def bridge_notebook(text: str, inputs: str) -> str:
-    "The notebook as MyST-NB should see it; `inputs` is what its outputs depend on."
+def bridge_notebook(text: str, inputs: str, chapters: dict[str, str] | None = None) -> str:
+    """The notebook as MyST-NB should see it; `inputs` is what its outputs depend on.
+
+    Prose that names a chapter by its number in `chapters` links to it.
+    """
     notebook = json.loads(text)
     cells = []
     for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] == "code" and (shown := page_cell(cell, number)):
             cells.append(shown)
+        if cell["cell_type"] == "markdown" and chapters:
+            cell |= {"source": link_chapters("".join(cell["source"]), chapters)}
         if bridged := bridge_cell(cell):
             cells.append(bridged)
     notebook["cells"] = cells
@@ -132,8 +138,11 @@ def hash_files(root: Path, *patterns: str) -> str:
 
 
 def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
+    chapters = chapter_files(app.env)
     if app.env.doc2path(docname).endswith(".ipynb"):
-        source[0] = bridge_notebook(source[0], app.config.notebook_inputs)
+        source[0] = bridge_notebook(source[0], app.config.notebook_inputs, chapters)
+    else:
+        source[0] = link_chapters(source[0], chapters)
 
 
 def setup(app: Sphinx) -> dict:

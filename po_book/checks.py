@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['require', 'describe', 'check_shape', 'check_like', 'check_in', 'check_at_least', 'check_positive', 'check_known',
-           'check_finite', 'check_result', 'check_detached', 'check_bool', 'keep', 'table', 'distribution']
+           'check_steps', 'check_finite', 'check_result', 'check_detached', 'check_bool', 'keep', 'table',
+           'distribution']
 
 # %% ../nbs/11_checks.ipynb #f8c84f1e
 import math
@@ -119,6 +120,24 @@ def check_known(
     known = list(known)
     for name, x in names.items():
         require(x in known, name, f"one of {', '.join(known)}", repr(x))
+
+# %% ../nbs/11_checks.ipynb #a5f0ec02
+def check_steps(
+    **steps: Shaped[Tensor, "T N"],  # `terminated` and `done` are flags, all else numbers
+) -> None:
+    """Refuse steps that are not all [T, N] like the first, not empty, and of their kind.
+
+    Raises: `ValueError` that names the first of them.
+    """
+    first = next(iter(steps))
+    shape = getattr(steps[first], "shape", None)
+    for name, x in steps.items():
+        flag = name in ("terminated", "done")
+        right = torch.is_tensor(x) and x.ndim == 2 and x.numel() and x.shape == shape
+        if not right or (x.dtype != torch.bool if flag else not x.is_floating_point()):
+            kind = "bool" if flag else "floating point"
+            rule = f"a {kind} tensor [T, N], not empty and of the shape of {first}"
+            raise ValueError(f"{name} must be {rule}, got {describe(x)}")
 
 # %% ../nbs/11_checks.ipynb #cffcb56e
 def check_finite(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['entropy', 'kl_divergence', 'total_variation', 'policy_chain', 'chain_values', 'action_values', 'policy_iteration',
            'chain_occupancy', 'chain_visits', 'chain_stationary', 'TabularMDP', 'random_mdp', 'corridor', 'cliff_walk',
-           'Trajectories', 'enumerate_trajectories', 'sample_trajectories']
+           'Trajectories', 'enumerate_trajectories', 'draw', 'sample_trajectories']
 
 # %% ../nbs/12_mdp.ipynb #9d24d8c2
 from dataclasses import dataclass
@@ -15,30 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# %% ../nbs/12_mdp.ipynb #cb4d76d9
-def _table(name: str, x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    "`x` in float64, refused unless it has this shape, and entries that are all finite."
-    x = torch.as_tensor(x, dtype=torch.float64)
-    if shape is not None and x.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
-    if x.numel() == 0:
-        raise ValueError(f"{name} must have entries, got shape {tuple(x.shape)}")
-    if not x.isfinite().all():
-        raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
-    return x
-
-# %% ../nbs/12_mdp.ipynb #71ef77c1
-def _distribution(
-    name: str, p: Tensor, shape: tuple[int, ...] | None = None
-) -> Float[Tensor, "..."]:
-    "`p` as a table whose last axis is a probability distribution."
-    p = _table(name, p, shape)
-    if (p < 0).any():
-        raise ValueError(f"{name} must be non-negative, got {p.min().item():.3g}")
-    error = (p.sum(-1) - 1).abs().max().item()
-    if error > 1e-6:
-        raise ValueError(f"rows of {name} must sum to one, one is off by {error:.3g}")
-    return p
+from .checks import check_at_least, check_in, distribution, table
 
 # %% ../nbs/12_mdp.ipynb #beb01928
 def entropy(
@@ -48,7 +25,7 @@ def entropy(
 
     Raises: `ValueError` unless the last axis of `p` is a distribution.
     """
-    return torch.special.entr(_distribution("p", p)).sum(-1)
+    return torch.special.entr(distribution("p", p)).sum(-1)
 
 # %% ../nbs/12_mdp.ipynb #c11fa3e9
 def kl_divergence(
@@ -59,8 +36,8 @@ def kl_divergence(
 
     Raises: `ValueError` unless both are distributions of one shape.
     """
-    p = _distribution("p", p)
-    q = _distribution("q", q, p.shape)
+    p = distribution("p", p)
+    q = distribution("q", q, p.shape)
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
 # %% ../nbs/12_mdp.ipynb #aa615597
@@ -72,16 +49,16 @@ def total_variation(
 
     Raises: `ValueError` unless both are distributions of one shape.
     """
-    p = _distribution("p", p)
-    return (p - _distribution("q", q, p.shape)).abs().sum(-1) / 2
+    p = distribution("p", p)
+    return (p - distribution("q", q, p.shape)).abs().sum(-1) / 2
 
 # %% ../nbs/12_mdp.ipynb #7b402fca
 def _tables(P: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     "`P` and `R` of one process: R is (S, A), and P adds a distribution over S states."
-    R = _table("R", R)
+    R = table("R", R)
     if R.ndim != 2:
         raise ValueError(f"R must have shape (S, A), got {tuple(R.shape)}")
-    return _distribution("P", P, (*R.shape, len(R))), R
+    return distribution("P", P, (*R.shape, len(R))), R
 
 # %% ../nbs/12_mdp.ipynb #b11023e7
 def policy_chain(
@@ -94,17 +71,13 @@ def policy_chain(
     Raises: `ValueError` on a wrong shape or a row that is no distribution.
     """
     P, R = _tables(P, R)
-    pi = _distribution("pi", pi, R.shape)
+    pi = distribution("pi", pi, R.shape)
     return torch.einsum("sa,sax->sx", pi, P), (pi * R).sum(-1)
 
-# %% ../nbs/12_mdp.ipynb #6b1e1de4
-def _discount(gamma: float) -> float:
-    "`gamma` as a float, refused outside [0, 1)."
-    if not 0 <= gamma < 1:
-        raise ValueError(f"gamma must be in [0, 1), got {gamma}")
-    return float(gamma)
+# %% ../nbs/12_mdp.ipynb #a7026e61
+_distribution = distribution  # until no module asks for it
 
-# %% ../nbs/12_mdp.ipynb #2770e990
+# %% ../nbs/12_mdp.ipynb #6b1e1de4
 def chain_values(
     P: Float[Tensor, "S S"],  # transition matrix $P_\pi$
     r: Float[Tensor, "S"],    # expected reward $r_\pi$ of a step from each state
@@ -115,8 +88,9 @@ def chain_values(
     Raises: `ValueError` on a wrong shape, a row that is no distribution, or a discount
     outside [0, 1).
     """
-    r, gamma = _table("r", r), _discount(gamma)
-    P = _distribution("P", P, (len(r), len(r)))
+    check_in("[0, 1)", gamma=gamma)
+    r = table("r", r)
+    P = distribution("P", P, (len(r), len(r)))
     return torch.linalg.solve(torch.eye(len(r)).double() - gamma * P, r)
 
 # %% ../nbs/12_mdp.ipynb #a58d3686
@@ -131,8 +105,9 @@ def action_values(
     Raises: `ValueError` on a wrong shape, a row that is no distribution, or a discount
     outside [0, 1).
     """
-    (P, R), gamma = _tables(P, R), _discount(gamma)
-    return R + gamma * P @ _table("V", V, (len(R),))
+    check_in("[0, 1)", gamma=gamma)
+    P, R = _tables(P, R)
+    return R + gamma * P @ table("V", V, (len(R),))
 
 # %% ../nbs/12_mdp.ipynb #f0ad06ac
 def policy_iteration(
@@ -165,8 +140,9 @@ def chain_occupancy(
     Raises: `ValueError` on a wrong shape, a row that is no distribution, or a discount
     outside [0, 1).
     """
-    p0, gamma = _distribution("p0", p0), _discount(gamma)
-    P = _distribution("P", P, (len(p0), len(p0)))
+    check_in("[0, 1)", gamma=gamma)
+    p0 = distribution("p0", p0)
+    P = distribution("P", P, (len(p0), len(p0)))
     flow = torch.eye(len(p0)).double() - gamma * P.T
     return (1 - gamma) * torch.linalg.solve(flow, p0)
 
@@ -189,8 +165,8 @@ def chain_visits(
     Raises: `ValueError` if some state cannot reach an end, on a wrong shape, and on a
     row that is no distribution.
     """
-    p0, on = _distribution("p0", p0), _table("end", end, (len(p0),)) == 0
-    P = _distribution("P", P, (len(p0), len(p0)))
+    p0, on = distribution("p0", p0), table("end", end, (len(p0),)) == 0
+    P = distribution("P", P, (len(p0), len(p0)))
     lost = ~_reaches(P)[:, ~on].any(-1)
     if lost.any():
         raise ValueError(f"end is never reached from state {lost.nonzero()[0].item()}")
@@ -206,7 +182,7 @@ def chain_stationary(
     Raises: `ValueError` if the start decides where the chain ends up, and on a wrong
     shape or a row that is no distribution.
     """
-    P = _distribution("P", P, (len(P), len(P)))
+    P = distribution("P", P, (len(P), len(P)))
     if not _reaches(P).all(0).any():
         raise ValueError("P must have a state that is reached from all, got none")
     ones = torch.ones(len(P)).double()
@@ -227,9 +203,10 @@ class TabularMDP:
     p0: Float[Tensor, "S"]     # distribution of the first state
 
     def __post_init__(self):
-        (self.P, self.R), self.gamma = _tables(self.P, self.R), _discount(self.gamma)
+        check_in("[0, 1)", gamma=self.gamma)
+        self.P, self.R = _tables(self.P, self.R)
         self.n_states, self.n_actions = self.R.shape
-        self.p0 = _distribution("p0", self.p0, (self.n_states,))
+        self.p0 = distribution("p0", self.p0, (self.n_states,))
 
     def under(self, pi: Float[Tensor, "S A"]) -> tuple[Tensor, Tensor]:
         "Transition matrix [S, S] and expected rewards [S] when `pi` acts."
@@ -296,8 +273,7 @@ def corridor(
 
     Raises: `ValueError` if there is no cell, and on a discount outside [0, 1).
     """
-    if length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
+    check_at_least(1, length=length)
     P, R = torch.zeros(length + 1, 2, length + 1), torch.zeros(length + 1, 2)
     for s in range(length):
         P[s, 0, max(s - 1, 0)] = P[s, 1, s + 1] = 1
@@ -340,12 +316,6 @@ class Trajectories:
     rewards: Float[Tensor, "M T"]  # $r(s_t,a_t)$
     weights: Float[Tensor, "M"]    # probability, or one over the number sampled
 
-# %% ../nbs/12_mdp.ipynb #356a907f
-def _at_least_one(name: str, count: int) -> None:
-    "Refuse a count that is not positive."
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-
 # %% ../nbs/12_mdp.ipynb #c964aa91
 def enumerate_trajectories(
     mdp: TabularMDP,           # gives start, transitions and rewards
@@ -356,8 +326,8 @@ def enumerate_trajectories(
 
     Raises: `ValueError` on a `pi` that does not fit, and on a horizon below one.
     """
-    _at_least_one("horizon", horizon)
-    pi = _distribution("pi", pi, mdp.R.shape)
+    check_at_least(1, horizon=horizon)
+    pi = distribution("pi", pi, mdp.R.shape)
     states = mdp.p0.nonzero()
     actions = states.new_empty(len(states), 0)
     for _ in range(horizon):
@@ -370,6 +340,16 @@ def enumerate_trajectories(
     return Trajectories(states, actions, mdp.R[s, actions], weights)
 
 # %% ../nbs/12_mdp.ipynb #6e8aab47
+def draw(
+    p: Float[Tensor, "*N A"],  # probabilities along the last axis
+    generator: torch.Generator | None = None,  # the global one, if none is given
+) -> Int[Tensor, "*N"]:
+    "One outcome from each distribution; an outcome of probability zero is never drawn."
+    total = p.cumsum(-1)
+    u = torch.rand(p.shape[:-1], generator=generator, dtype=p.dtype)[..., None]
+    return torch.searchsorted(total / total[..., -1:], u, right=True).squeeze(-1)
+
+# %% ../nbs/12_mdp.ipynb #ad7da197
 def sample_trajectories(
     mdp: TabularMDP,           # gives start, transitions and rewards
     pi: Float[Tensor, "S A"],  # who acts
@@ -381,17 +361,13 @@ def sample_trajectories(
 
     Raises: `ValueError` on a `pi` that does not fit, and on a count below one.
     """
-    _at_least_one("n", n)
-    _at_least_one("horizon", horizon)
-    pi = _distribution("pi", pi, mdp.R.shape).detach()
+    check_at_least(1, n=n, horizon=horizon)
+    pi = distribution("pi", pi, mdp.R.shape).detach()
 
-    def draw(p: Tensor) -> Tensor:
-        return torch.multinomial(p, 1, generator=generator).squeeze(-1)
-
-    states, actions = [draw(mdp.p0.expand(n, -1))], []
+    states, actions = [draw(mdp.p0.expand(n, -1), generator)], []
     for _ in range(horizon):
-        actions.append(draw(pi[states[-1]]))
-        states.append(draw(mdp.P[states[-1], actions[-1]]))
+        actions.append(draw(pi[states[-1]], generator))
+        states.append(draw(mdp.P[states[-1], actions[-1]], generator))
     s, a = torch.stack(states, 1), torch.stack(actions, 1)
     weights = torch.full((n,), 1 / n, dtype=torch.float64)
     return Trajectories(s, a, mdp.R[s[:, :-1], a], weights)

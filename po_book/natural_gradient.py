@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fisher_vector_product', 'conjugate_gradient', 'line_search', 'trpo_step']
 
-# %% ../nbs/21_natural_gradient.ipynb #a422815e
+# %% ../nbs/21_natural_gradient.ipynb #4d466d4a
 from collections.abc import Callable, Iterable
 from math import isfinite, sqrt
 

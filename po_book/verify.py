@@ -36,18 +36,18 @@ def _pair(
 
 # %% ../nbs/10_verify.ipynb #ba9d0e4b
 def _show(verdict: str, claim: str, evidence: str, source: str | None) -> None:
-    "Display one checked claim with its evidence and its source."
-    tail = f" · {source}" if source else ""
-    plain = f"{verdict}: {claim} · {evidence}{tail}"
+    "Display one checked claim with its evidence; keep its source with the output."
+    plain = f"{verdict}: {claim} · {evidence}"
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     if not shell:
-        print(plain)
+        print(f"{plain} · {source}" if source else plain)
         return
     from IPython.display import display
 
     badge = f'<span class="po-verdict po-{verdict}">{verdict}</span>'
-    markdown = f"{badge} {claim} · {evidence}{tail}"
-    display({"text/markdown": markdown, "text/plain": plain}, raw=True)
+    shown = {"text/markdown": f"{badge} {claim} · {evidence}", "text/plain": plain}
+    kept = {"verdict": verdict, "claim": claim, "evidence": evidence, "source": source}
+    display(shown, raw=True, metadata={"po_book": kept})
 
 # %% ../nbs/10_verify.ipynb #1017c408
 def holds(

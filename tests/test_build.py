@@ -11,6 +11,8 @@ from bs4 import BeautifulSoup
 from conftest import ROOT
 
 INDEX = "# Index\n\nA page.\n"
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+DRAW = "import matplotlib.pyplot as plt\nplt.plot([0, 1]);"
 
 
 def notebook(*sources: str) -> str:
@@ -28,16 +30,21 @@ def notebook(*sources: str) -> str:
 
 
 def build(folder, pages: dict[str, str]) -> subprocess.CompletedProcess:
-    "Build `pages` as `make book` does; the table of contents lists index and chapter."
+    "Build `pages` as `make book` does; the table of contents lists them, or a chapter."
     for name in "_ext", "_static":
         shutil.copytree(ROOT / name, folder / name)
     for name in "_config.yml", "settings.ini", "references.bib", "requirements-dev.txt":
         shutil.copy(ROOT / name, folder)
+    config = folder / "_config.yml"
+    strict = config.read_text().replace("figures_need_texts: false", "figures_need_texts: true")
+    config.write_text(strict)
     (folder / "nbs").mkdir()
     for name, text in pages.items():
         (folder / "nbs" / name).write_text(text, encoding="utf-8")
-    toc = "format: jb-book\nroot: index\nchapters:\n  - file: chapter\n"
-    (folder / "_toc.yml").write_text(toc)
+    names = [Path(name) for name in pages if name != "index.md"]
+    chapters = [name.stem for name in names if name.suffix != ".svg"] or ["chapter"]
+    files = "".join(f"  - file: {name}\n" for name in chapters)
+    (folder / "_toc.yml").write_text(f"format: jb-book\nroot: index\nchapters:\n{files}")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     options = ["-W", "-n", "--keep-going", "-q"]
     assert " ".join(options) in makefile
@@ -181,22 +188,112 @@ def test_the_cells_of_a_solution_fold_with_it(shown):
         assert not holding(article, text).find_parent("div", class_="solution")
 
 
+NUMBERED = """\
+# {title}
+
+## First
+
+$$
+x = y
+$$ (eq-{name}-first)
+
+## Second
+
+$$
+x = z
+$$ (eq-{name}-second)
+
+:::{{prf:theorem}} One
+:label: thm-{name}
+
+It holds.
+:::
+
+:::{{exercise}}
+:label: ex-{name}
+Why?
+:::
+
+{refer}
+"""
+REFER = """\
+By {eq}`eq-large-second` and {prf:ref}`thm-large`, {ref}`ex-large` follows, as in chapter 46
+and in chapter 13 of nobody. {eq}`eq-end-first`"""
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    "Articles of two chapters and an appendix."
+    folder = tmp_path_factory.mktemp("numbers")
+    titles = {"07_small": "Small", "46_large": "Large", "end": "End"}
+    pages = {
+        f"{file}.md": NUMBERED.format(title=title, name=title.lower(), refer=REFER)
+        for file, title in titles.items()
+    }
+    result = build(folder, {"index.md": INDEX, **pages})
+    assert result.returncode == 0, result.stderr
+    html = {name: (folder / f"_build/html/{name}.html").read_text() for name in titles}
+    return {name: BeautifulSoup(text, "html.parser") for name, text in html.items()}
+
+
+def test_a_chapter_shows_its_number(numbered):
+    for page in numbered.values():
+        sidebar = page.find("div", class_="bd-toc-item").text
+        assert "07\u2002Small" in sidebar and "46\u2002Large" in sidebar
+        assert [line.strip() for line in sidebar.splitlines() if "End" in line] == ["End"]
+    titles = [page.find("article").find("h1").text.rstrip("#") for page in numbered.values()]
+    assert titles == ["07\u2002Small", "46\u2002Large", "End"]
+    assert numbered["46_large"].find("article").find("h2").text == "First#"
+    assert "07\u2002Small" in numbered["46_large"].find("a", class_="left-prev").text
+
+
+def test_equations_theorems_and_exercises_count_within_a_chapter(numbered):
+    for name, number in ("07_small", "07."), ("46_large", "46."), ("end", ""):
+        article = numbered[name].find("article")
+        assert [e.text for e in article.find_all("span", class_="eqno")] == [
+            f"({number}{n})#" for n in (1, 2)
+        ]
+        assert f"Theorem {number}1" in article.find("div", class_="theorem").text
+        assert f"Exercise {number}1" in article.find("div", class_="exercise").text
+        refer = article.find_all("p")[-1].text
+        assert "By (46.2) and Theorem 46.1, Exercise 46.1 follows" in refer
+        assert refer.endswith("(1)")
+
+
+def test_a_chapter_that_is_named_is_linked(numbered):
+    links = numbered["end"].find("article").find_all("a", string="chapter 46")
+    assert [link["href"] for link in links] == ["46_large.html"]
+    assert not numbered["end"].find("a", string="chapter 13")
+
+
 def test_a_hidden_cell_is_not_there(shown):
     assert "nowhere" not in shown[0].text
 
 
-@pytest.mark.parametrize(
-    "pages, complaint",
-    [
-        ({"index.md": INDEX, "chapter.ipynb": notebook("1 / 0")}, "ZeroDivisionError"),
-        ({"index.md": INDEX}, "nonexisting document 'chapter'|chapter"),
-        ({"index.md": INDEX, "chapter.md": "# A\n\n{eq}`nowhere`\n"}, "nowhere"),
-        ({"index.md": INDEX, "chapter.md": "# A\n\n[](nowhere.md)\n"}, "nowhere"),
-        ({"index.md": INDEX, "chapter.ipynb": notebook("#| exprot\n1")}, "exprot"),
-    ],
-    ids=["failing cell", "missing page", "broken equation", "broken link", "unknown directive"],
-)
+CASES = {
+    "failing cell": ({"chapter.ipynb": notebook("1 / 0")}, "ZeroDivisionError"),
+    "missing page": ({}, "nonexisting document 'chapter'|chapter"),
+    "broken equation": ({"chapter.md": "# A\n\n{eq}`nowhere`\n"}, "nowhere"),
+    "broken link": ({"chapter.md": "# A\n\n[](nowhere.md)\n"}, "nowhere"),
+    "unknown directive": ({"chapter.ipynb": notebook("#| exprot\n1")}, "exprot"),
+    "picture without text": (
+        {"chapter.md": "# A\n\n![](a.svg)\n", "a.svg": SVG}, "no alternative text"
+    ),
+    "figure without text": (
+        {"chapter.ipynb": notebook(f"x = 1\n{DRAW}")},
+        "cell 1 (`x = 1`): its picture has no alternative text",
+    ),
+    "figure without caption": (
+        {"chapter.ipynb": notebook(f"#| label: fig-a\n#| fig-alt: B\n{DRAW}")}, "no caption"
+    ),
+    "caption without figure": (
+        {"chapter.ipynb": notebook("#| fig-alt: B\n#| fig-cap: A\nx = 1")}, "draws no picture"
+    ),
+}
+
+
+@pytest.mark.parametrize("pages, complaint", CASES.values(), ids=CASES)
 def test_the_build_fails(tmp_path, pages, complaint):
-    result = build(tmp_path, pages)
+    result = build(tmp_path, {"index.md": INDEX, **pages})
     assert result.returncode != 0
     assert any(part in result.stdout + result.stderr for part in complaint.split("|"))

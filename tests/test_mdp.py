@@ -14,6 +14,7 @@ from po_book.mdp import (
     chain_visits,
     cliff_walk,
     corridor,
+    draw,
     entropy,
     enumerate_trajectories,
     kl_divergence,
@@ -204,6 +205,18 @@ def test_sampling_is_reproducible_and_keeps_to_its_generator():
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(random_mdp(3, 2, 0.9, seed=1).P, random_mdp(3, 2, 0.9, seed=1).P)
     assert first.weights.tolist() == [1 / 7] * 7
+
+
+def test_draws_have_their_probabilities_and_miss_what_has_none():
+    p = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    drawn = draw(p.double().expand(20_000, 2, 6), torch.Generator().manual_seed(0))
+    assert drawn.shape == (20_000, 2)
+    share = torch.nn.functional.one_hot(drawn, 6).double().mean(0)
+    assert (share - p).abs().max() < 4 * (0.25 / 20_000) ** 0.5
+    assert share[p == 0].eq(0).all()
+    state = torch.get_rng_state()
+    again = [draw(p, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*again) and torch.equal(state, torch.get_rng_state())
 
 
 def test_gradients_are_finite_differences():

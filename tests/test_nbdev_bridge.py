@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from chapter_numbers import link_chapters
 from nbdev_bridge import bridge_cell, bridge_notebook, hash_files, page_cell, read_directives
 
 
@@ -183,3 +184,49 @@ def test_the_hash_follows_names_and_contents(tmp_path):
     seen.append(current())
     (tmp_path / "README.md").write_text("not matched")
     assert len(set(seen)) == 4 and current() == seen[-1]
+
+
+CHAPTERS = {"13": "13_policy_gradient.ipynb", "46": "46_grpo.ipynb"}
+
+
+@pytest.mark.parametrize(
+    "text, linked",
+    [
+        ("as chapter 46 shows", "as [chapter 46](46_grpo.ipynb) shows"),
+        ("(Chapter 13)", "([Chapter 13](13_policy_gradient.ipynb))"),
+        (
+            "chapters 13, 46 and 99",
+            "chapters [13](13_policy_gradient.ipynb), [46](46_grpo.ipynb) and 99",
+        ),
+        ("{cite:t}`a` differs. See chapter 46.", "{cite:t}`a` differs. See [chapter 46](46_grpo.ipynb)."),
+    ],
+)
+def test_a_chapter_in_prose_becomes_a_link(text, linked):
+    assert link_chapters(text, CHAPTERS) == linked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "chapter 99, chapter 1, chapter 461, chapter 13.2",
+        "{cite:t}`sutton2018`, chapters 46 and 13",
+        "(see {cite:p}`sutton2018`, section 3 of chapter 13)",
+        "Sutton and Barto, 2018, chapter 13",
+        "chapter 13 of {cite:t}`sutton2018`",
+        "[chapter 13](13_policy_gradient.ipynb) and [our chapter 46](46_grpo.ipynb#a)",
+        "`chapter 13`, $chapter 13$ and\n$$\nchapter 13\n$$",
+        "# Chapter 13",
+        ":::{prf:theorem} chapter 13\n:label: chapter 13",
+        "```python\nchapter 13\n```",
+        "<!-- chapter 13 -->",
+    ],
+)
+def test_what_is_no_chapter_of_ours_stays(text):
+    assert link_chapters(text, CHAPTERS) == text
+
+
+def test_prose_of_a_notebook_is_linked():
+    cells = [{"cell_type": "markdown", "source": ["See\n", "chapter 46."], "metadata": {}}]
+    text = json.dumps({"cells": cells, "metadata": {"kernelspec": {}}})
+    (cell,) = json.loads(bridge_notebook(text, "", CHAPTERS))["cells"]
+    assert cell["source"] == "See\n[chapter 46](46_grpo.ipynb)."

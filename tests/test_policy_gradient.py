@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from po_book import policy_gradient as module
 from po_book.mdp import (
     corridor,
     enumerate_trajectories,
@@ -11,13 +12,14 @@ from po_book.mdp import (
     sample_trajectories,
 )
 from po_book.policy_gradient import (
+    backward_sum,
+    discounted_returns,
     gradient_samples,
     mean_and_variance,
     optimal_baseline,
     policy_gradient,
     reinforce,
     reinforce_loss,
-    reward_to_go,
     score,
 )
 
@@ -43,6 +45,11 @@ def small(seed):
 
 def moments(pi, batch, psi):
     return mean_and_variance(gradient_samples(pi, batch, psi), batch.weights.detach())
+
+
+def to_go(rewards, gamma):
+    "Trajectories are rows, steps are time-major."
+    return discounted_returns(rewards.T, gamma=gamma).T
 
 
 # the score
@@ -72,7 +79,7 @@ def test_score_survives_a_deterministic_policy():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_means_are_the_gradient_of_the_enumerated_objective(seed):
     _, _, pi, batch, exact = small(seed)
-    G, b = reward_to_go(batch.rewards, GAMMA), 10 * normal(2, seed=seed + 100)
+    G, b = to_go(batch.rewards, GAMMA), 10 * normal(2, seed=seed + 100)
     baseline = b[batch.states[:, :-1]]
     for psi in (
         G[:, :1].expand_as(G),
@@ -88,7 +95,7 @@ def test_means_are_the_gradient_of_the_enumerated_objective(seed):
 def test_baseline_may_depend_on_time_and_state_but_not_on_the_action(seed):
     _, _, pi, batch, exact = small(seed)
     s, a, steps = batch.states[:, :-1], batch.actions, torch.arange(T)
-    G = reward_to_go(batch.rewards, GAMMA)
+    G = to_go(batch.rewards, GAMMA)
     of_time = normal(T, 2, seed=seed)[steps, s]
     of_action = normal(T, 2, 2, seed=seed)[steps, s, a]
     mean, _ = moments(pi, batch, DISCOUNT * G - of_time)
@@ -100,23 +107,23 @@ def test_baseline_may_depend_on_time_and_state_but_not_on_the_action(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dropping_the_discount_of_the_step_biases(seed):
     _, _, pi, batch, exact = small(seed)
-    mean, _ = moments(pi, batch, reward_to_go(batch.rewards, GAMMA))
+    mean, _ = moments(pi, batch, to_go(batch.rewards, GAMMA))
     assert (mean - exact).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_reward_to_go_reduces_the_variance(seed):
+def test_return_to_go_reduces_the_variance(seed):
     _, _, pi, batch, _ = small(seed)
-    G = reward_to_go(batch.rewards, GAMMA)
+    G = to_go(batch.rewards, GAMMA)
     _, full = moments(pi, batch, G[:, :1].expand_as(G))
-    _, to_go = moments(pi, batch, DISCOUNT * G)
-    assert to_go < full
+    _, causal = moments(pi, batch, DISCOUNT * G)
+    assert causal < full
 
 
 def test_a_terminal_reward_leaves_nothing_to_remove():
     _, _, pi, batch, _ = small(0)
     last = batch.rewards * torch.tensor([0.0, 0.0, 1.0], dtype=F64)
-    G = reward_to_go(last, GAMMA)
+    G = to_go(last, GAMMA)
     torch.testing.assert_close(DISCOUNT * G, G[:, :1].expand_as(G))
 
 
@@ -125,7 +132,7 @@ def test_sampled_mean_is_within_its_standard_error():
     n = 20_000
     sampled = sample_trajectories(mdp, pi, n, T, torch.Generator().manual_seed(0))
     found, exactly = (
-        moments(pi, x, DISCOUNT * reward_to_go(x.rewards, GAMMA))
+        moments(pi, x, DISCOUNT * to_go(x.rewards, GAMMA))
         for x in (sampled, batch)
     )
     (mean, measured), (_, variance) = found, exactly
@@ -154,7 +161,7 @@ def test_state_form_against_finite_differences(seed):
 def test_long_horizons_approach_the_state_form():
     mdp, pi = random_mdp(2, 2, 0.3, seed=1), normal(2, 2, seed=1).softmax(-1)
     batch = enumerate_trajectories(mdp, pi, 6)
-    psi = 0.3 ** torch.arange(6, dtype=F64) * reward_to_go(batch.rewards, 0.3)
+    psi = 0.3 ** torch.arange(6, dtype=F64) * to_go(batch.rewards, 0.3)
     mean, _ = moments(pi, batch, psi)
     torch.testing.assert_close(mean, policy_gradient(mdp, pi), atol=1e-2, rtol=0)
 
@@ -202,19 +209,64 @@ def test_value_baseline_can_raise_the_variance():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
-def test_reward_to_go_is_the_double_loop(gamma):
-    rewards = normal(3, 7, seed=3)
+def test_returns_are_the_double_loop(gamma):
+    rewards = normal(7, 3, seed=3)
     wanted = torch.stack([
-        sum(gamma**k * rewards[:, t + k] for k in range(7 - t)) for t in range(7)
-    ], 1)
-    torch.testing.assert_close(reward_to_go(rewards, gamma), wanted)
+        sum(gamma**k * rewards[t + k] for k in range(7 - t)) for t in range(7)
+    ])
+    torch.testing.assert_close(discounted_returns(rewards, gamma=gamma), wanted)
+    torch.testing.assert_close(to_go(rewards.T, gamma), wanted.T)
 
 
-def test_reward_to_go_keeps_dtype_and_leaves_its_input():
-    rewards = torch.ones(2, 3)
-    assert reward_to_go(rewards, 0.5).dtype == torch.float32
-    assert rewards.equal(torch.ones(2, 3))
-    assert reward_to_go(torch.zeros(2, 0), 0.5).shape == (2, 0)
+def test_returns_keep_dtype_and_leave_their_input():
+    rewards, done = torch.ones(20, 2), torch.zeros(20, 2).bool()
+    for more in {}, {"done": done}, {"done": done, "bootstrap": torch.ones(20, 2)}:
+        assert discounted_returns(rewards, gamma=0.5, **more).dtype == torch.float32
+    assert rewards.equal(torch.ones(20, 2)) and not done.any()
+
+
+def test_without_done_only_the_data_end():
+    rewards, follows = normal(30, 2, seed=0), normal(30, 2, seed=1)
+    none = torch.zeros(30, 2).bool()
+    for bootstrap in None, follows:
+        found = discounted_returns(rewards, None, 0.9, bootstrap)
+        assert found.equal(discounted_returns(rewards, none, 0.9, bootstrap))
+    torch.testing.assert_close(found[-1], rewards[-1] + 0.9 * follows[-1])
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 15, 16, 17, 33, 63, 64, 65, 72, 513])
+@pytest.mark.parametrize("dtype, atol", [(F64, 1e-12), (torch.float32, 1e-6)])
+def test_backward_sum_is_the_loop(T, dtype, atol):
+    generator = torch.Generator().manual_seed(T)
+    x = normal(T, 3, seed=T).to(dtype)
+    done = torch.rand(T, 3, generator=generator) < 0.1
+    y, wanted = torch.zeros(3, dtype=dtype), []
+    for t in reversed(range(T)):
+        y = x[t] + 0.97 * (~done[t]).to(dtype) * y
+        wanted.insert(0, y)
+    wanted, before = torch.stack(wanted), x.clone()
+    atol *= max(1, wanted.abs().max().item())
+    found = backward_sum(x, done, 0.97)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+    assert x.equal(before)
+    with_gradient = backward_sum(x.clone().requires_grad_(), done, 0.97)
+    torch.testing.assert_close(with_gradient.detach(), wanted, rtol=0, atol=atol)
+    in_place = backward_sum(x, done, 0.97, overwrite=True)
+    assert in_place.equal(found) and in_place.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 16])
+def test_chunks_of_any_size(size):
+    x, c = normal(101, 2, seed=0), normal(101, 2, seed=1).sigmoid()
+    found = module._in_chunks(x.clone(), c.clone(), size)
+    torch.testing.assert_close(found, module._one_by_one(x, c), rtol=0, atol=1e-12)
+
+
+def test_backward_sum_has_the_gradient_of_the_loop():
+    x = normal(20, 2, seed=0).requires_grad_()
+    done = torch.arange(20)[:, None].eq(7).expand(20, 2)
+    assert torch.autograd.gradcheck(lambda x: backward_sum(x, done, 0.9), x)
+    assert torch.autograd.gradcheck(lambda x: backward_sum(x, None, 0.9), x)
 
 
 # the loss
@@ -223,7 +275,7 @@ def test_reward_to_go_keeps_dtype_and_leaves_its_input():
 def test_loss_descends_along_the_gradient():
     _, theta, _, batch, exact = small(1)
     logp = theta.log_softmax(-1)[batch.states[:, :-1], batch.actions]
-    G = reward_to_go(batch.rewards, GAMMA)
+    G = to_go(batch.rewards, GAMMA)
     loss = reinforce_loss(logp, DISCOUNT * G, batch.weights)
     (slope,) = torch.autograd.grad(loss, theta)
     torch.testing.assert_close(-slope, exact, atol=1e-8, rtol=0)
@@ -262,7 +314,7 @@ def run(seed, iterations=40):
     settings = dict(episodes=8, horizon=30, learning_rate=4.0, seed=seed)
 
     def weight(batch):
-        return reward_to_go(batch.rewards, mdp.gamma)
+        return to_go(batch.rewards, mdp.gamma)
 
     return reinforce(mdp, weight, iterations=iterations, **settings)
 
@@ -302,11 +354,15 @@ ROWS = torch.zeros(5, T, dtype=F64)
         ("weights must have", lambda pi, b: mean_and_variance(ROWS, b.weights[:4])),
         ("weights must sum", lambda pi, b: mean_and_variance(ROWS, 2 * b.weights)),
         ("weights must be finite", lambda pi, b: mean_and_variance(ROWS, NAN[:, 0])),
-        ("rewards must be", lambda pi, b: reward_to_go(ROWS[0], GAMMA)),
-        ("rewards must be", lambda pi, b: reward_to_go(b.actions, GAMMA)),
-        ("rewards must be finite", lambda pi, b: reward_to_go(NAN, GAMMA)),
-        ("gamma must be in", lambda pi, b: reward_to_go(ROWS, 1.1)),
-        ("gamma must be in", lambda pi, b: reward_to_go(ROWS, float("nan"))),
+        ("rewards must be a float", lambda pi, b: discounted_returns(ROWS[0])),
+        ("rewards must be a float", lambda pi, b: discounted_returns(b.actions)),
+        ("rewards must be a .* not empty", lambda pi, b: discounted_returns(ROWS[:0])),
+        ("done must be a bool", lambda pi, b: discounted_returns(ROWS, ROWS)),
+        ("bootstrap must", lambda p, b: discounted_returns(ROWS, bootstrap=ROWS[:, :1])),
+        ("rewards must be finite", lambda pi, b: discounted_returns(NAN)),
+        ("bootstrap must be finite", lambda p, b: discounted_returns(ROWS, bootstrap=NAN)),
+        ("gamma must be in", lambda pi, b: discounted_returns(ROWS, gamma=1.1)),
+        ("gamma must be in", lambda pi, b: discounted_returns(ROWS, gamma=float("nan"))),
         ("logp must be", lambda pi, b: reinforce_loss(ROWS[0], ROWS[0])),
         ("logp must be", lambda pi, b: reinforce_loss(ROWS[:0], ROWS[:0])),
         ("logp must be finite", lambda pi, b: reinforce_loss(NAN, ROWS)),

@@ -62,3 +62,36 @@ def test_of_many_numbers_the_worst_pair_is_shown(capsys):
     right[7] = 3.0
     refuted("vector", wrong, right)
     assert "gives `0.`, right is `3.`" in capsys.readouterr().out
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    "What a notebook is given to display."
+    from IPython.core.interactiveshell import InteractiveShell
+
+    outputs = []
+    monkeypatch.setattr("IPython.get_ipython", InteractiveShell)
+    monkeypatch.setattr("IPython.display.display", lambda data, **how: outputs.append((data, how)))
+    return outputs
+
+
+def test_a_page_does_not_show_where_a_claim_stands(displayed):
+    holds("sum", 1.0, 1.0, source="S1.1")
+    refuted("sum", 1.0, 2.0, source="S1.2")
+    assert all("S1" not in text for data, _ in displayed for text in data.values())
+    assert 'class="po-verdict po-holds"' in displayed[0][0]["text/markdown"]
+    kept = [how["metadata"]["po_book"] for _, how in displayed]
+    assert [one["source"] for one in kept] == ["S1.1", "S1.2"]
+    assert kept[0] == {
+        "verdict": "holds", "claim": "sum", "evidence": "largest error 0.0e+00", "source": "S1.1"
+    }
+
+
+def test_the_source_is_kept_in_the_notebook():
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    code = "from po_book.verify import holds\nholds('sum', 1.0, 1.0, source='S1.1')"
+    notebook = NotebookClient(new_notebook(cells=[new_code_cell(code)])).execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.metadata["po_book"]["source"] == "S1.1" and "S1.1" not in str(output.data)
