@@ -64,17 +64,8 @@ from po_book.language_model import (
 from .objective import PRESETS, Objective
 from .rewards import Reward, score, verifier
 from .runs import plot_runs, read_asked, read_log, record_episode, write_events
-from po_book.train import (
-    ALGORITHMS,
-    Config,
-    Diverged,
-    Run,
-    default_config,
-    find_device,
-    load_run,
-    resume,
-    train,
-)
+from .train import Config, Diverged, Run, find_device
+from .train import ALGORITHMS, default_config, load_run, resume, train
 from po_book.train_lm import (
     LMConfig,
     LMRun,

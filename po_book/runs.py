@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from .checks import require
-from .rollout import Policy, Stepper, make_stepper, make_vector_env
+from .rollout import Policy
+from .rollout import Stepper, make_stepper, make_vector_env
 
 # %% ../nbs/60a_runs.ipynb #164029a5
 def read_asked(

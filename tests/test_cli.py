@@ -226,11 +226,11 @@ def stopped(line: list[str], by: signal.Signals) -> tuple[int, str]:
     # A shell's background jobs ignore Ctrl-C, and so does all that they start.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([*PROCESS, *line], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    before, patience = checkpoints(), time.monotonic() + 60
+    before, patience = checkpoints(), time.monotonic() + 300
     while time.monotonic() < patience and checkpoints() <= before:
         time.sleep(0.005)
     process.send_signal(by)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=300)
     return process.returncode, complaint
 
 
