@@ -3,7 +3,7 @@
 Run: python benchmarks/cartpole_cpu.py ppo|trpo [seeds] [--record]
 
 Seconds of collecting and learning until sampled actions earn 475 on average over 100
-fresh episodes, asked every 1024 transitions; scores and imports are not counted. The
+fresh episodes, asked every 1024 transitions; evaluations and imports are not counted. The
 candidates take turns, seed by seed, so that a busy moment of the machine hits all. The
 peer's settings are those of rl-zoo3. For PPO there is a third: this library with the
 settings of CleanRL, which shows how much is settings and how much is speed.
@@ -44,7 +44,7 @@ def ours(algorithm: str, name: str, seed: int) -> tuple[int, float] | None:
     "Transitions and seconds to the bar; None if it is not reached."
     config = OURS[algorithm][name]
     last = train(algorithm, "CartPole-v1", seed=seed, config=config, progress=False).log[-1]
-    return (last["steps"], last["seconds"]) if last.get("score", 0) >= BAR else None
+    return (last["steps"], last["seconds"]) if last.get("mean_return", 0) >= BAR else None
 
 
 def peer(algorithm: str, seed: int) -> PPO | TRPO:
@@ -61,8 +61,8 @@ def peer(algorithm: str, seed: int) -> PPO | TRPO:
                clip_range=lambda left: 0.2 * left, ent_coef=0.0, **shared)
 
 
-class Score(BaseCallback):
-    "Stops the peer at the bar, and its clock while it is asked for a score."
+class Bar(BaseCallback):
+    "Stops the peer at the bar, and its clock while it is evaluated."
 
     def __init__(self, seed: int):
         super().__init__()
@@ -77,8 +77,8 @@ class Score(BaseCallback):
         if self.num_timesteps < self.next:
             return
         self.next, pause = self.num_timesteps + EVERY, perf_counter()
-        score, _ = evaluate_policy(self.model, self.fresh, 100, deterministic=False, warn=False)
-        if score >= BAR:
+        mean_return, _ = evaluate_policy(self.model, self.fresh, 100, deterministic=False, warn=False)
+        if mean_return >= BAR:
             self.hit = self.num_timesteps, pause - self.start - self.paused
         self.paused += perf_counter() - pause
 
@@ -88,9 +88,9 @@ class Score(BaseCallback):
 
 def theirs(algorithm: str, seed: int) -> tuple[int, float] | None:
     "The same of the peer."
-    score = Score(seed)
-    peer(algorithm, seed).learn(BUDGET, callback=score)
-    return score.hit
+    bar = Bar(seed)
+    peer(algorithm, seed).learn(BUDGET, callback=bar)
+    return bar.hit
 
 
 def main(algorithm: str, seeds: int, recording: bool) -> None:

@@ -5,7 +5,7 @@ Run: python benchmarks/cartpole_gpu.py [--record] [--device cpu]
 Two tables. Steps a second: transitions over seconds of whole iterations of PPO (rollout,
 advantages, gradient steps), best of a few, after the first ones in which a backend
 prepares itself. Seconds to 475: preparation included, sampled actions, 100 fresh
-episodes, asked after every iteration; scores are not counted. `--device cpu` runs the
+episodes, asked after every iteration; evaluations are not counted. `--device cpu` runs the
 eager path alone, on small N, to see that the script works.
 """
 
@@ -43,7 +43,7 @@ def seconds_to_475(n: int, device: str, backend: str, seeds: int = 3) -> str:
     wanted = replace(config(n), total_steps=32 * n * 200, eval_every=1, solved_at=475.0)
     asked = dict(device=device, backend=backend, config=wanted, progress=False)
     rows = [train("ppo", ENV, seed=seed, **asked).log[-1] for seed in range(seeds)]
-    times = sorted(row["seconds"] for row in rows if row["score"] >= 475)
+    times = sorted(row["seconds"] for row in rows if row["mean_return"] >= 475)
     if not times:
         return f"0 of {seeds}"
     middle = times[len(times) // 2]

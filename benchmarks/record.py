@@ -2,7 +2,7 @@
 
 Run: python benchmarks/record.py NAME [processes]
 
-Writes results/NAME.csv, a row a score, and results/NAME.json, which says where, when
+Writes results/NAME.csv, a row an evaluation, and results/NAME.json, which says where, when
 and with what it was made. Every row is what `po_book.train.train` logged.
 """
 
@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from recording import Record, asked
 
+from po_book.runner import Config
 from po_book.train import (
     ALGORITHMS,
     A2CConfig,
-    Config,
     DDPGConfig,
     DQNConfig,
     PPOConfig,
@@ -78,22 +78,22 @@ RECORDS = {
 }
 
 
-def scores(name: str, variant: str, seed: int) -> list[dict]:
-    "One run: the rows of its log that have a score."
+def evaluations(name: str, variant: str, seed: int) -> list[dict]:
+    "One run: the rows of its log that have a mean return."
     torch.set_num_threads(1)
     env, config = RECORDS[name].place, RECORDS[name].variants[variant]
     algorithm = next(key for key, x in ALGORITHMS.items() if x.config is type(config))
     run = train(algorithm, env, seed=seed, config=config, progress=False)
-    rows = [row for row in run.log if "score" in row]
+    rows = [row for row in run.log if "mean_return" in row]
     return [
         {"variant": variant, "seed": seed, "steps": row["steps"],
-         "seconds": f"{row['seconds']:.2f}", "score": f"{row['score']:.2f}"}
+         "seconds": f"{row['seconds']:.2f}", "mean_return": f"{row['mean_return']:.2f}"}
         for row in rows
     ]
 
 
 def main(name: str, processes: int) -> None:
-    runs = RECORDS[name].runs(partial(scores, name), processes)
+    runs = RECORDS[name].runs(partial(evaluations, name), processes)
     RECORDS[name].write(name, [row for run in runs for row in run])
 
 

@@ -64,7 +64,7 @@ from po_book.language_model import (
 from .objective import PRESETS, Objective
 from .rewards import Reward, score, verifier
 from .runs import plot_runs, read_asked, read_log, record_episode, write_events
-from .train import Config, Diverged, Run, find_device
+from .runner import Config, Diverged, Run, find_device
 from .train import ALGORITHMS, default_config, load_run, resume, train
 from po_book.train_lm import (
     LMConfig,

@@ -102,7 +102,7 @@ def _record(name: str, *keys: str) -> list[dict[str, str]]:
 # %% ../nbs/60_figures.ipynb #4a82313b
 def recorded(
     name: str,           # of the record
-    key: str = "score",  # column to read; rows without a value are left out
+    key: str = "mean_return",  # column to read; rows without a value are left out
 ) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
     """Steps and `key` of each run, by variant; prints where they come from.
 

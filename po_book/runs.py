@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from .checks import require
-from .rollout import Policy
+from .policies import Policy
 from .rollout import Stepper, make_stepper, make_vector_env
 
 # %% ../nbs/60a_runs.ipynb #164029a5
@@ -120,7 +120,7 @@ def write_events(
 
 # %% ../nbs/60a_runs.ipynb #e292a105
 _CLOCKS = {"steps": "transitions", "step": "steps"}
-_GRADES = "score", "success", "return", "reward"
+_GRADES = "mean_return", "success", "return", "reward"
 
 
 def _first_grade(logs: list[list[dict[str, str]]]) -> str:

@@ -51,7 +51,7 @@ from po_book.objective import (
     Radius,
 )
 from .rewards import Reward, verifier
-from .train import Diverged
+from .runner import Diverged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,8 +21,9 @@ from torch import nn
 
 from po_book import checkpoint
 from po_book.checkpoint import NotCapturable, capture, load_checkpoint, restore, save_checkpoint
-from po_book.rollout import collect, make_q_policy, make_stepper
-from po_book.train import flatten_parameters
+from po_book.policies import make_q_policy
+from po_book.rollout import collect, make_stepper
+from po_book.runner import flatten_parameters
 from po_book.value_based import Replay
 
 

@@ -16,7 +16,7 @@ import record_lm  # noqa: E402
 
 NAMES = {path.stem for path in (ROOT / "results").glob("*.csv")}
 RECORDS = {name: module for module in (record, record_lm) for name in module.RECORDS}
-SCORE = {record: "score", record_lm: "success"}  # the column that each module calls so
+GRADE = {record: "mean_return", record_lm: "success"}  # the column that each module calls so
 
 
 def test_spread_curves_meets_every_run_where_all_were_measured():
@@ -61,7 +61,7 @@ def test_a_recorded_table_says_where_it_comes_from_and_is_shown_whole(name, monk
 def test_every_record_is_complete_and_says_where_it_comes_from(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "nbs")
     module = RECORDS[name]
-    runs = recorded(name, SCORE[module])
+    runs = recorded(name, GRADE[module])
     note = provenance(name)
     assert {"device", "torch", "date", "commit", "seeds"} <= note.keys()
     settings = note.pop("settings")
@@ -75,7 +75,7 @@ def test_every_record_is_complete_and_says_where_it_comes_from(name, monkeypatch
 
 def test_without_a_clone_a_record_comes_from_the_published_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    files = {"csv": "variant,seed,steps,score\na,0,1,2.5\na,0,3,4.5\n", "json": '{"device": "GPU"}'}
+    files = {"csv": "variant,seed,steps,mean_return\na,0,1,2.5\na,0,3,4.5\n", "json": '{"device": "GPU"}'}
     asked = []
 
     def urlopen(url):
@@ -93,7 +93,7 @@ def test_without_a_clone_a_record_comes_from_the_published_repository(monkeypatc
 @pytest.fixture
 def small_record(monkeypatch, tmp_path):
     "Two variants of two seeds and of one; the second has no kl, nor has one row."
-    rows = ["variant,seed,steps,score,kl,peak_mb"]
+    rows = ["variant,seed,steps,mean_return,kl,peak_mb"]
     rows += ["a,0,10,1,0.5,900", "a,0,20,2,,900", "a,0,30,3,0.25,1234.5"]
     rows += ["a,1,10,5,4,900", "a,1,30,8,0.75,800", "b,0,10,-0.5,,100"]
     (tmp_path / "nbs").mkdir()
@@ -113,18 +113,18 @@ def test_a_column_is_read_without_the_rows_that_have_nothing_there(small_record)
 
 
 def test_last_values_are_medians_and_ranges_over_seeds(small_record, capsys):
-    table = recorded_finals("small", ["score", "kl", "peak_mb"])
+    table = recorded_finals("small", ["mean_return", "kl", "peak_mb"])
     assert capsys.readouterr().out == "GPU\n"
     assert table.rows == [
-        {"variant": "a", "score": "5.5 (3 to 8)", "kl": "0.5 (0.25 to 0.75)",
+        {"variant": "a", "mean_return": "5.5 (3 to 8)", "kl": "0.5 (0.25 to 0.75)",
          "peak_mb": "1,017 (800 to 1,234)"},
-        {"variant": "b", "score": "-0.5 (-0.5 to -0.5)", "kl": "–",
+        {"variant": "b", "mean_return": "-0.5 (-0.5 to -0.5)", "kl": "–",
          "peak_mb": "100 (100 to 100)"},
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("read", [recorded, lambda name, key: recorded_finals(name, ["kl", key])])
 def test_an_unknown_column_is_refused_with_the_names_of_those_there_are(small_record, read):
-    columns = "variant, seed, steps, score, kl, peak_mb"
+    columns = "variant, seed, steps, mean_return, kl, peak_mb"
     with pytest.raises(ValueError, match=f"key must be a column of small: {columns}; got 'lenght'"):
         read("small", "lenght")

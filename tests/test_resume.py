@@ -16,7 +16,8 @@ import torch
 from test_train import SMALL, Bandit
 
 from po_book.checkpoint import load_checkpoint
-from po_book.train import ALGORITHMS, Diverged, PPOConfig, load_run, resume, train
+from po_book.runner import Diverged
+from po_book.train import ALGORITHMS, PPOConfig, load_run, resume, train
 
 EVERY = dict(checkpoint_every=300, eval_every=500, eval_episodes=5)
 CONFIGS = {name: replace(config, **EVERY) for name, config in SMALL.items()}

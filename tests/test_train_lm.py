@@ -18,7 +18,7 @@ from po_book import train_lm as module
 from po_book.dapo import NoSignal
 from po_book.language_model import ChainAddition, char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS
-from po_book.train import Diverged
+from po_book.runner import Diverged
 from po_book.lm_batch import gradient_step
 from po_book.train_lm import (
     LMConfig,

@@ -1,0 +1,155 @@
+import gymnasium as gym
+import pytest
+import torch
+
+from po_book.policies import (
+    CategoricalPolicy,
+    DeterministicPolicy,
+    GaussianPolicy,
+    Normalizer,
+    QPolicy,
+    make_deterministic_policy,
+    make_policy,
+    make_q_policy,
+    mlp,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_gaussian_gradient_against_torch():
+    policy = GaussianPolicy(2, 3, generator=generator())
+    obs, actions = torch.randn(4, 2), torch.randn(4, 3)
+    ours = torch.autograd.grad(policy.evaluate(obs, actions)[0].sum(), policy.parameters(), allow_unused=True)
+    normal = torch.distributions.Normal(policy.actor(obs), policy.log_std.exp())
+    theirs = torch.autograd.grad(normal.log_prob(actions).sum(), policy.parameters(), allow_unused=True)
+    for a, b in zip(ours, theirs):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_a_distribution_says_what_evaluate_says():
+    for policy, actions in (
+        (CategoricalPolicy(2, 3, generator=generator()), torch.tensor([0, 2, 1, 1])),
+        (GaussianPolicy(2, 3, generator=generator()), torch.randn(4, 3)),
+    ):
+        obs = torch.randn(4, 2)
+        logp, entropy = policy.evaluate(obs, actions)
+        torch.testing.assert_close(policy.distribution(obs).log_prob(actions), logp)
+        torch.testing.assert_close(policy.distribution(obs).entropy(), entropy)
+
+
+def test_actor_parameters_are_what_the_distribution_depends_on():
+    for policy in CategoricalPolicy(2, 3), GaussianPolicy(2, 3):
+        actions = policy.act(torch.zeros(5, 2))
+        logp, _ = policy.evaluate(torch.ones(5, 2), actions)
+        grads = torch.autograd.grad(logp.sum(), list(policy.parameters()), allow_unused=True)
+        needed = {p for p, g in zip(policy.parameters(), grads) if g is not None}
+        assert set(policy.actor_parameters()) == needed
+
+
+def test_a_q_policy_explores_in_training_mode_only():
+    policy, obs = QPolicy(4, 3, generator=generator()), torch.randn(1, 4).expand(30_000, -1)
+    best = policy.q(obs[:1]).argmax().item()
+    policy.epsilon = 0.3
+    shares = policy.act(obs, generator()).bincount(minlength=3) / 30_000
+    expected = torch.full((3,), 0.1)
+    expected[best] = 0.8
+    torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
+    assert (policy.eval().act(obs, generator()) == best).all()
+
+
+def test_a_deterministic_policy_stays_within_uneven_bounds():
+    low, high = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 2.5])
+    policy = DeterministicPolicy(4, low, high, generator=generator())
+    with torch.no_grad():
+        policy.actor[-1].bias.copy_(torch.tensor([20.0, -20.0]))
+    obs = torch.randn(5000, 4)
+    torch.testing.assert_close(policy.mean(obs[:1]), torch.tensor([[3.0, 2.0]]))
+    policy.sigma = 0.2
+    noisy = policy.act(obs, generator())
+    assert (noisy >= low).all() and (noisy <= high).all() and noisy.std(0).min() > 0
+    # Half of the noise is cut off at the bound; the rest scales with the width.
+    inside = (policy.mean(obs) - noisy).abs().mean(0)
+    torch.testing.assert_close(inside[0] / inside[1], torch.tensor(8.0), atol=0.6, rtol=0)
+    assert torch.equal(policy.eval().act(obs), policy.mean(obs).detach())
+
+
+def test_the_critic_sees_actions_in_half_widths():
+    wide = DeterministicPolicy(4, torch.tensor([-20.0]), torch.tensor([20.0]), generator=generator())
+    unit = DeterministicPolicy(4, torch.tensor([-1.0]), torch.tensor([1.0]), generator=generator())
+    obs, actions = torch.randn(6, 4), torch.rand(6, 1)
+    torch.testing.assert_close(wide.q(obs, 20 * actions), unit.q(obs, actions))
+
+
+@pytest.mark.parametrize(
+    "make, env_id, message",
+    [
+        (make_q_policy, "Pendulum-v1", "action space must be Discrete, got Box"),
+        (make_deterministic_policy, "CartPole-v1", "action space must be a Box, got Discrete"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_actions(make, env_id, message):
+    with pytest.raises(ValueError, match=message):
+        make(gym.make_vec(env_id, num_envs=1))
+
+
+def test_a_deterministic_policy_needs_bounds():
+    with pytest.raises(ValueError, match="action bounds must be finite"):
+        DeterministicPolicy(2, torch.tensor([-1.0]), torch.tensor([torch.inf]))
+
+
+@pytest.mark.parametrize(
+    "field, space, message",
+    [
+        ("single_observation_space", gym.spaces.Discrete(3), "observation space"),
+        ("single_action_space", gym.spaces.MultiBinary(3), "action space"),
+    ],
+)
+def test_spaces_that_do_not_fit(field, space, message):
+    env = gym.make_vec("CartPole-v1", num_envs=1)
+    setattr(env.unwrapped, field, space)
+    with pytest.raises(ValueError, match=message):
+        make_policy(env)
+
+
+def test_mlp_is_orthogonal_and_seeded():
+    a, b = mlp([5, 8, 3], 0.5, generator()), mlp([5, 8, 3], 0.5, generator())
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    weight = a[-1].weight.detach()
+    torch.testing.assert_close(weight @ weight.T, 0.25 * torch.eye(3))
+    assert all((layer.bias == 0).all() for layer in a if hasattr(layer, "bias"))
+
+
+@pytest.mark.parametrize("cuts", [[50], [1, 2, 3], [10, 10, 90], []])
+def test_the_normalizer_has_the_moments_of_all_it_saw(cuts):
+    obs = torch.randn(100, 3, generator=generator()) * torch.tensor([1.0, 1e-3, 1e4]) + 5
+    normalizer = Normalizer(3)
+    for part in obs.tensor_split(cuts):
+        normalizer.update(part)
+    torch.testing.assert_close(normalizer.mean, obs.double().mean(0))
+    torch.testing.assert_close(normalizer.variance, obs.double().var(0, correction=0))
+    out = normalizer(obs)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.std(0, correction=0)[[0, 2]], torch.ones(2), atol=1e-3, rtol=0)
+
+
+def test_a_new_normalizer_changes_outliers_only_and_an_empty_batch_nothing():
+    normalizer, obs = Normalizer(2), torch.tensor([[3.0, -1e6]])
+    normalizer.update(torch.empty(0, 2))
+    torch.testing.assert_close(normalizer(obs), torch.tensor([[3.0, -10.0]]))
+
+
+def test_a_normalizer_is_part_of_actor_and_critic_and_no_parameter():
+    env = gym.make_vec("CartPole-v1")
+    plain, scaled = (make_policy(env, generator=generator(), normalize_obs=on) for on in (False, True))
+    scaled.normalizer.update(torch.randn(50, 4, generator=generator()) + 3)
+    obs = torch.randn(7, 4, generator=generator())
+    torch.testing.assert_close(scaled.actor(obs), plain.actor(scaled.normalizer(obs)))
+    torch.testing.assert_close(scaled.value(obs), plain.value(scaled.normalizer(obs)))
+    assert len(list(scaled.parameters())) == len(list(plain.parameters()))
+    assert len(scaled.actor_parameters()) == 6
