@@ -17,14 +17,7 @@ import torch
 from provenance import peak_mb
 from recording import Record, asked
 
-from po_book.language_model import (
-    ChainAddition,
-    char_tokenizer,
-    load_lm,
-    sft,
-    success_rate,
-    tiny_lm,
-)
+from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import (
     PRESETS,
     Aggregation,
@@ -34,6 +27,7 @@ from po_book.objective import (
     NoReference,
     Objective,
 )
+from po_book.tasks import ChainAddition, sft, success_rate
 from po_book.train_lm import LMConfig, train_lm
 
 ADDITION = ChainAddition(3, 5)

@@ -50,26 +50,17 @@ from tyro.constructors import (
 
 from .checks import check_at_least
 from .dapo import NoSignal
-from po_book.language_model import (
-    ALPHABET,
-    ChainAddition,
-    Countdown,
-    Task,
-    char_tokenizer,
-    load_lm,
-    sample,
-    sft,
-    tiny_lm,
-)
+from .language_model import ALPHABET, char_tokenizer, load_lm, tiny_lm
 from .objective import PRESETS, Objective
-from .rewards import Reward, score, verifier
+from .rewards import Reward, compute_rewards, verifier
 from .runs import plot_runs, read_asked, read_log, record_episode, write_events
 from .runner import Config, Diverged, Run, find_device
+from .sampling import sample
+from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
 from .train import ALGORITHMS, default_config, load_run, resume, train
 from po_book.train_lm import (
     LMConfig,
     LMRun,
-    WordProblems,
     default_lm_config,
     fit_objective,
     train_lm,
@@ -321,7 +312,7 @@ def _grade_language(
     texts = drawn.texts(tokenizer)
     right = torch.tensor([float(task.verify(q, o)) for q, o in zip(prompts, texts)])
     first, columns = prompts[:3], task.columns(prompts[:3])
-    paid = zip(first, texts, score(reward, first, texts[:3], **columns))
+    paid = zip(first, texts, compute_rewards(reward, first, texts[:3], **columns))
     title = f"{len(read_log(folder))} steps; held-out problems: {_summary(right)}"
     return "\n".join([title, *(f"{q!r} → {o!r}, reward {r}" for q, o, r in paid)])
 

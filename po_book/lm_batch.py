@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from .checks import check_at_least, check_positive, require
 from .dapo import drop_truncated, fill_groups, informative, soft_overlong_penalty
 from po_book.language_model import (
-    Samples,
-    Task,
     ValueModel,
-    _shared_columns,
-    join,
     prefix_states,
+    shared_columns,
     token_logprobs,
 )
 from .objective import Objective, objective_loss
 from .ppo import masked_mean, value_loss
-from .rewards import Reward, score
+from .rewards import Reward, compute_rewards
+from .sampling import Samples, join
+from .tasks import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,7 +92,7 @@ def grade(
     """
     asked = [prompt for prompt in prompts for _ in range(config.group_size)]
     texts, columns = samples.texts(tokenizer), task.columns(asked)
-    values = score(reward, asked, texts, **columns)
+    values = compute_rewards(reward, asked, texts, **columns)
     if None in values:
         i = values.index(None)
         raise ValueError(f"the reward says nothing about row {i}, {asked[i]!r}")
@@ -113,7 +112,7 @@ def collect(
 ) -> tuple[Answers, dict[str, float]]:
     """Groups for a batch, and for the log how many were dead, and drawn.
 
-    Raises: `NoSignal` if `config.max_draws` calls do not give enough informative groups.
+    Raises: `NoSignal` if `config.max_draws` calls do not give enough groups.
     Source: Yu et al. 2025.
     """
     if not informative_only:
@@ -168,7 +167,7 @@ def row_values(
 ) -> Float[Tensor, "N L"]:
     "Value of the prefix before every token of the completions."
     ids, mask, real = (rows[name] for name in ("ids", "mask", "attention_mask"))
-    shared = _shared_columns(ids, mask, real, group_size)
+    shared = shared_columns(ids, mask, real, group_size)
     states = prefix_states(critic.trunk, ids, real, group_size, shared)
     return critic(ids, real, states) * mask
 

@@ -56,7 +56,7 @@ def run_facts(
 def name_lines(
     lines: list[dict[str, str]],  # the facts of each
 ) -> list[str]:
-    "A name for each line: its algorithm, and the facts in which it differs from others."
+    "Names of lines: the algorithm, and the facts in which it differs from others."
     one_place = len({facts["place"] for facts in lines}) == 1
     name = "{algorithm}" if one_place else "{algorithm} on {place}"
     labels = []

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.functional import mse_loss
 
-from .advantage import discounted_returns, normalize
+from .advantage import normalize
 from .checks import check_at_least, check_in, check_known, check_positive
+from .natural_gradient import trpo_step
 from .off_policy import deterministic_policy_loss
 from po_book.policies import (
     Policy, make_deterministic_policy, make_policy, make_q_policy
 )
-from .policy_gradient import reinforce_loss
+from .policy_gradient import discounted_returns, reinforce_loss
 from .ppo import ppo_loss, ratio, value_loss
 from po_book.rollout import (
     Env, Rollout, collect_episodes, critic_batch, minibatches
@@ -36,7 +37,6 @@ from po_book.rollout import (
 from po_book.runner import (
     Algorithm, Config, Learner, Run, read_run, resume_run, start_run
 )
-from .natural_gradient import trpo_step
 from .value_based import Replay, q_loss, soft_update, td_target
 
 # %% ../nbs/35_train.ipynb #0948f33f

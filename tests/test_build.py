@@ -214,6 +214,10 @@ It holds.
 Why?
 :::
 
+```python
+"Equation {{eq}}`eq-large-second`, not {{eq}}`eq-nowhere`."
+```
+
 {refer}
 """
 REFER = """\
@@ -258,6 +262,11 @@ def test_equations_theorems_and_exercises_count_within_a_chapter(numbered):
         refer = article.find_all("p")[-1].text
         assert "By (46.2) and Theorem 46.1, Exercise 46.1 follows" in refer
         assert refer.endswith("(1)")
+
+
+def test_a_docstring_shows_the_number_of_an_equation(numbered):
+    for page in numbered.values():
+        assert page.find("pre").text.strip() == '"Equation (46.2), not {eq}`eq-nowhere`."'
 
 
 def test_a_chapter_that_is_named_is_linked(numbered):

@@ -16,17 +16,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 from po_book import lm_batch
 from po_book import train_lm as module
 from po_book.dapo import NoSignal
-from po_book.language_model import ChainAddition, char_tokenizer, load_lm, tiny_lm
+from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS
 from po_book.runner import Diverged
 from po_book.lm_batch import gradient_step
-from po_book.train_lm import (
-    LMConfig,
-    WordProblems,
-    default_lm_config,
-    fit_objective,
-    train_lm,
-)
+from po_book.tasks import ChainAddition, WordProblems
+from po_book.train_lm import LMConfig, default_lm_config, fit_objective, train_lm
 
 TASK = ChainAddition(2, 3)
 SMALL = LMConfig(
@@ -400,7 +395,6 @@ from dataclasses import replace
 from accelerate import Accelerator
 sys.path.insert(0, {tests!r})
 import test_train_lm as t
-from po_book import lm_batch
 from po_book import train_lm as module
 
 torch.set_num_threads(1)
