@@ -294,7 +294,10 @@ def _first_group(answers: Answers, learner: LMLearner) -> list[dict]:
     rows = torch.arange(answers.rewards.shape[1])
     texts = answers.samples.rows(rows).texts(learner.tokenizer)
     prompt, paid = answers.prompts[0], answers.rewards[0].tolist()
-    return [{"prompt": prompt, "completion": x, "reward": r} for x, r in zip(texts, paid)]
+    return [
+        {"prompt": prompt, "completion": text, "reward": r}
+        for text, r in zip(texts, paid)
+    ]
 
 # %% ../nbs/49_small_lm.ipynb #4f0c502d
 def _reset(learner: LMLearner) -> None:
