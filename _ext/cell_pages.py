@@ -7,12 +7,18 @@ so, and the cells that follow a solution move into it.
 
 import json
 
+from html import escape
+
 from docutils import nodes
 from docutils.statemachine import StringList
+from myst_nb.sphinx_ import HideCodeCellNode
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
-from sphinx.util.docutils import SphinxDirective
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxTranslator
 from sphinx_exercise.nodes import solution_node
+
+logger = logging.getLogger(__name__)
 
 
 class cell_page(nodes.General, nodes.Element):
@@ -55,21 +61,35 @@ def fold(cell: nodes.container, what: str) -> None:
         cell["prompt_show"], cell["prompt_hide"] = f"show {what}", f"hide {what}"
 
 
-def make_figure(cell: nodes.container, figure: nodes.figure) -> bool:
-    "Move the pictures of a cell into `figure`, above its caption; False if there are none."
+def pictures(cell: nodes.container) -> list[nodes.container]:
+    "The outputs of a cell that are pictures, each in all its formats."
 
     def is_picture(node: nodes.Node) -> bool:
         bundle = isinstance(node, nodes.container) and node.get("nb_element") == "mime_bundle"
         return bundle and any(kind["mime_type"].startswith("image/") for kind in node)
 
-    pictures = list(cell.findall(is_picture))
-    if pictures:
-        first = pictures[0]
-        first.parent.insert(first.parent.index(first), figure)
-        for picture in reversed(pictures):
-            picture.parent.remove(picture)
-            figure.insert(0, picture)
-    return bool(pictures)
+    return list(cell.findall(is_picture))
+
+
+def make_figure(cell: nodes.container, figure: nodes.figure) -> None:
+    "Move the pictures of a cell into `figure`, above its caption."
+    found = pictures(cell)
+    found[0].parent.insert(found[0].parent.index(found[0]), figure)
+    for picture in reversed(found):
+        picture.parent.remove(picture)
+        figure.insert(0, picture)
+
+
+def complaint(cell: nodes.container, page: cell_page) -> str | None:
+    "What the figure of a cell lacks."
+    found = pictures(cell)
+    if found and not page.get("alt"):
+        return "its picture has no alternative text: add a line `#| fig-alt:`"
+    if found and "label" in page and "caption" not in page:
+        return "its figure has a label and no caption: add a line `#| fig-cap:`"
+    if not found and "caption" in page and "skipped" not in page:
+        return "it has a caption and draws no picture"
+    return None
 
 
 def arrange(cell: nodes.container, page: cell_page) -> None:
@@ -114,13 +134,24 @@ class ArrangeCells(SphinxTransform):
             if not is_cell(cell):
                 continue
             arrange(cell, page)
-            if page.children:
+            if page.children and pictures(cell):
                 make_figure(cell, page[0])
+            if self.config.figures_need_texts and (what := complaint(cell, page)):
+                where = f"cell {page['cell']} (`{page['line']}`)"
+                logger.warning("%s: %s", where, what, location=self.env.docname)
             if "skipped" in page:
                 not_run.append(page["skipped"])
+        for image in self.document.findall(nodes.image):
+            # Pictures of cells have been looked at above.
+            if "mime_type" not in image.parent and not image.get("alt", "").strip():
+                logger.warning("a picture has no alternative text", location=image)
         for solution in list(self.document.findall(solution_node)):
             fill_solution(solution)
         self.env.metadata[self.env.docname]["not_run"] = not_run
+        if self.env.docname == self.config.root_doc:
+            # On a narrow screen the rows of these tables are blocks (po_book.css).
+            for table in self.document.findall(nodes.table):
+                table["classes"].append("po-stack")
 
 
 def count_not_run(app: Sphinx, error: Exception | None) -> None:
@@ -131,8 +162,22 @@ def count_not_run(app: Sphinx, error: Exception | None) -> None:
         print(f"Cells that were not run: {sum(map(len, pages.values()))}, on {listed}.")
 
 
+def visit_fold(self: SphinxTranslator, node: HideCodeCellNode) -> None:
+    "As MyST-NB does it, but the words that are seen are those that are read out."
+    self.body.append(f'<details class="admonition hide {" ".join(node["classes"])}"><summary>')
+    for state, prompt in ("collapsed", "prompt_show"), ("expanded", "prompt_hide"):
+        self.body.append(f'<p class="{state} admonition-title">{escape(node[prompt])}</p>')
+    self.body.append("</summary>\n")
+
+
+def depart_fold(self: SphinxTranslator, node: HideCodeCellNode) -> None:
+    self.body.append("</details>\n")
+
+
 def setup(app: Sphinx) -> dict:
+    app.add_config_value("figures_need_texts", True, "env")
     app.add_node(cell_page)
+    app.add_node(HideCodeCellNode, override=True, html=(visit_fold, depart_fold))
     app.add_directive("cell", CellDirective)
     app.add_transform(ArrangeCells)
     app.connect("build-finished", count_not_run)

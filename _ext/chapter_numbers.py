@@ -11,6 +11,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.environment.collectors.toctree import TocTreeCollector
+from sphinx.transforms.post_transforms import SphinxPostTransform
 
 NUMBERED = re.compile(r"(\d\d[a-z]?)_")
 
@@ -80,6 +81,29 @@ def assign_section_numbers(self: TocTreeCollector, env: BuildEnvironment) -> lis
     return [name for name, value in env.toc_secnumbers.items() if value != before.get(name)]
 
 
+class EquationsInCode(SphinxPostTransform):
+    """Show the number of an equation that a docstring refers to, as prose does.
+
+    A label that is nowhere defined stays as it is.
+    """
+
+    default_priority = 10
+
+    def run(self, **kwargs) -> None:
+        equations = self.env.get_domain("math").equations
+
+        def number(found: re.Match) -> str:
+            page, _ = equations.get(found[1], (None, None))
+            numbers = self.env.toc_fignumbers.get(page, {}).get("displaymath", {})
+            parts = numbers.get(f"equation-{found[1]}")
+            return f"({'.'.join(map(str, parts))})" if parts else found[0]
+
+        for block in self.document.findall(nodes.literal_block):
+            if "{eq}`" in (code := block.astext()):
+                block[:] = [nodes.Text(re.sub(r"\{eq\}`([^`]+)`", number, code))]
+
+
 def setup(app: Sphinx) -> dict:
     TocTreeCollector.assign_section_numbers = assign_section_numbers
+    app.add_post_transform(EquationsInCode)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

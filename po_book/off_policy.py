@@ -14,8 +14,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .mdp import TabularMDP, _distribution, chain_stationary
-from .policy_gradient import _check
+from po_book.checks import (
+    check_at_least,
+    check_finite,
+    check_in,
+    check_shape,
+    distribution,
+    require,
+)
+from .mdp import TabularMDP, chain_stationary
 
 # %% ../nbs/16_off_policy.ipynb #9fbdd6ee
 def _check_support(
@@ -46,9 +53,9 @@ def importance_ratios(
     other shapes and on rows that are no distribution.
     Source: Precup et al. 2000.
     """
-    pi = _distribution("pi", pi)
-    pi_b = _distribution("pi_b", pi_b, pi.shape)
-    _check("actions", actions, states.shape)
+    pi = distribution("pi", pi)
+    pi_b = distribution("pi_b", pi_b, pi.shape)
+    check_shape(states.shape, actions=actions)
     for name, x, n in ("states", states, len(pi)), ("actions", actions, pi.shape[-1]):
         if x.numel() and not 0 <= x.min() <= x.max() < n:
             got = f"{x.min().item()} to {x.max().item()}"
@@ -60,18 +67,16 @@ def importance_ratios(
     return pi[states, actions] / pi_b[states, actions]
 
 # %% ../nbs/16_off_policy.ipynb #9c3b59da
-def _check_steps(
+def _check_trajectories(
     ratios: Float[Tensor, "M T"], rewards: Float[Tensor, "M T"], gamma: float
 ) -> None:
     "Refuse ratios and rewards that are not the steps of the same trajectories."
-    if rewards.ndim != 2 or rewards.numel() == 0:
-        raise ValueError(f"rewards must be [M, T], not empty, got {[*rewards.shape]}")
-    _check("rewards", rewards, rewards.shape)
-    _check("ratios", ratios, rewards.shape)
-    if (ratios < 0).any():
-        raise ValueError(f"ratios must be at least 0, got {ratios.min().item():.3g}")
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    some = rewards.ndim == 2 and rewards.numel() > 0
+    require(some, "rewards", "[M, T], not empty", [*rewards.shape])
+    check_shape(rewards.shape, ratios=ratios)
+    check_finite(rewards=rewards, ratios=ratios)
+    check_at_least(0, ratios=ratios.min().item())
+    check_in("[0, 1]", gamma=gamma)
 
 # %% ../nbs/16_off_policy.ipynb #71c148b2
 def _discounted(
@@ -93,7 +98,7 @@ def ordinary_importance_sampling(
     ratios, and a discount outside [0, 1].
     Source: Precup et al. 2000.
     """
-    _check_steps(ratios, rewards, gamma)
+    _check_trajectories(ratios, rewards, gamma)
     return ratios.prod(-1) * _discounted(rewards, gamma).sum(-1)
 
 # %% ../nbs/16_off_policy.ipynb #cc1eb82e
@@ -107,7 +112,7 @@ def per_decision_importance_sampling(
     Raises: `ValueError` as `ordinary_importance_sampling` does.
     Source: Precup et al. 2000.
     """
-    _check_steps(ratios, rewards, gamma)
+    _check_trajectories(ratios, rewards, gamma)
     return (ratios.cumprod(-1) * _discounted(rewards, gamma)).sum(-1)
 
 # %% ../nbs/16_off_policy.ipynb #16ce668e
@@ -124,8 +129,7 @@ def weighted_importance_sampling(
     """
     estimates = ordinary_importance_sampling(ratios, rewards, gamma)
     total = ratios.prod(-1).sum()
-    if not total > 0:
-        raise ValueError("ratios must leave one trajectory a weight, got only zeros")
+    require(total > 0, "ratios", "positive in one trajectory at least", "only zeros")
     return estimates.sum() / total
 
 # %% ../nbs/16_off_policy.ipynb #2a19e9d1
@@ -140,10 +144,9 @@ def weight_second_moment(
     Raises: `ValueError` if `pi_b` lacks an action of `pi` in some state, on a table
     that does not fit and on a negative horizon.
     """
-    if horizon < 0:
-        raise ValueError(f"horizon must be at least 0, got {horizon}")
-    pi = _distribution("pi", pi, mdp.R.shape)
-    pi_b = _distribution("pi_b", pi_b, mdp.R.shape)
+    check_at_least(0, horizon=horizon)
+    pi = distribution("pi", pi, mdp.R.shape)
+    pi_b = distribution("pi_b", pi_b, mdp.R.shape)
     _check_support(pi, pi_b, slice(None))
     square = pi**2 / torch.where(pi > 0, pi_b, 1)  # an action of neither counts zero
     M = torch.einsum("sa,sax->sx", square, mdp.P)
@@ -159,12 +162,12 @@ def effective_sample_size(
     weights that are all zero.
     Source: Owen 2013, chapter 9.
     """
-    if weights.ndim == 0 or weights.shape[-1] == 0:
-        raise ValueError(f"weights must be [..., N], got {[*weights.shape]}")
-    _check("weights", weights, weights.shape)
+    some = weights.ndim > 0 and weights.shape[-1] > 0
+    require(some, "weights", "[..., N], not empty", [*weights.shape])
+    check_finite(weights=weights)
     largest = weights.amax(-1, keepdim=True)
-    if (weights < 0).any() or (largest == 0).any():
-        raise ValueError(f"weights must be non-negative, not all zero, got {weights}")
+    right = (weights >= 0).all() and (largest > 0).all()
+    require(right, "weights", "non-negative and not all zero", weights)
     share = weights / largest  # squares of weights beyond 1e154 would overflow
     return share.sum(-1).square() / share.square().sum(-1)
 
@@ -194,8 +197,8 @@ def off_policy_gradient(
     `excursion_objective` does otherwise.
     Source: Degris et al. 2012.
     """
-    pi = _distribution("pi", pi, mdp.R.shape)
-    pi_b = _distribution("pi_b", pi_b, mdp.R.shape)
+    pi = distribution("pi", pi, mdp.R.shape)
+    pi_b = distribution("pi_b", pi_b, mdp.R.shape)
     _check_support(pi, pi_b, slice(None))
     d_b = chain_stationary(mdp.under(pi_b)[0])
     return d_b[:, None] * pi * mdp.advantages(pi)
@@ -213,10 +216,8 @@ def explore(
     Raises: `ValueError` if `sigma` is negative or not finite, or unless `low` < `high`.
     Source: Lillicrap et al. 2016; the noise here is independent.
     """
-    if not 0 <= sigma < torch.inf:
-        raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
-    if not low < high:
-        raise ValueError(f"low must be below high, got {low} and {high}")
+    check_in("[0, inf)", sigma=sigma)
+    require(low < high, "low", "below high", f"{low} and {high}")
     actions = actions.detach()
     noise = torch.empty_like(actions).normal_(generator=generator)
     return (actions + sigma * noise).clamp(low, high)

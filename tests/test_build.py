@@ -11,6 +11,8 @@ from bs4 import BeautifulSoup
 from conftest import ROOT
 
 INDEX = "# Index\n\nA page.\n"
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+DRAW = "import matplotlib.pyplot as plt\nplt.plot([0, 1]);"
 
 
 def notebook(*sources: str) -> str:
@@ -33,10 +35,14 @@ def build(folder, pages: dict[str, str]) -> subprocess.CompletedProcess:
         shutil.copytree(ROOT / name, folder / name)
     for name in "_config.yml", "settings.ini", "references.bib", "requirements-dev.txt":
         shutil.copy(ROOT / name, folder)
+    config = folder / "_config.yml"
+    strict = config.read_text().replace("figures_need_texts: false", "figures_need_texts: true")
+    config.write_text(strict)
     (folder / "nbs").mkdir()
     for name, text in pages.items():
         (folder / "nbs" / name).write_text(text, encoding="utf-8")
-    chapters = [Path(name).stem for name in pages if name != "index.md"] or ["chapter"]
+    names = [Path(name) for name in pages if name != "index.md"]
+    chapters = [name.stem for name in names if name.suffix != ".svg"] or ["chapter"]
     files = "".join(f"  - file: {name}\n" for name in chapters)
     (folder / "_toc.yml").write_text(f"format: jb-book\nroot: index\nchapters:\n{files}")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -208,6 +214,10 @@ It holds.
 Why?
 :::
 
+```python
+"Equation {{eq}}`eq-large-second`, not {{eq}}`eq-nowhere`."
+```
+
 {refer}
 """
 REFER = """\
@@ -254,6 +264,11 @@ def test_equations_theorems_and_exercises_count_within_a_chapter(numbered):
         assert refer.endswith("(1)")
 
 
+def test_a_docstring_shows_the_number_of_an_equation(numbered):
+    for page in numbered.values():
+        assert page.find("pre").text.strip() == '"Equation (46.2), not {eq}`eq-nowhere`."'
+
+
 def test_a_chapter_that_is_named_is_linked(numbered):
     links = numbered["end"].find("article").find_all("a", string="chapter 46")
     assert [link["href"] for link in links] == ["46_large.html"]
@@ -264,18 +279,30 @@ def test_a_hidden_cell_is_not_there(shown):
     assert "nowhere" not in shown[0].text
 
 
-@pytest.mark.parametrize(
-    "pages, complaint",
-    [
-        ({"index.md": INDEX, "chapter.ipynb": notebook("1 / 0")}, "ZeroDivisionError"),
-        ({"index.md": INDEX}, "nonexisting document 'chapter'|chapter"),
-        ({"index.md": INDEX, "chapter.md": "# A\n\n{eq}`nowhere`\n"}, "nowhere"),
-        ({"index.md": INDEX, "chapter.md": "# A\n\n[](nowhere.md)\n"}, "nowhere"),
-        ({"index.md": INDEX, "chapter.ipynb": notebook("#| exprot\n1")}, "exprot"),
-    ],
-    ids=["failing cell", "missing page", "broken equation", "broken link", "unknown directive"],
-)
+CASES = {
+    "failing cell": ({"chapter.ipynb": notebook("1 / 0")}, "ZeroDivisionError"),
+    "missing page": ({}, "nonexisting document 'chapter'|chapter"),
+    "broken equation": ({"chapter.md": "# A\n\n{eq}`nowhere`\n"}, "nowhere"),
+    "broken link": ({"chapter.md": "# A\n\n[](nowhere.md)\n"}, "nowhere"),
+    "unknown directive": ({"chapter.ipynb": notebook("#| exprot\n1")}, "exprot"),
+    "picture without text": (
+        {"chapter.md": "# A\n\n![](a.svg)\n", "a.svg": SVG}, "no alternative text"
+    ),
+    "figure without text": (
+        {"chapter.ipynb": notebook(f"x = 1\n{DRAW}")},
+        "cell 1 (`x = 1`): its picture has no alternative text",
+    ),
+    "figure without caption": (
+        {"chapter.ipynb": notebook(f"#| label: fig-a\n#| fig-alt: B\n{DRAW}")}, "no caption"
+    ),
+    "caption without figure": (
+        {"chapter.ipynb": notebook("#| fig-alt: B\n#| fig-cap: A\nx = 1")}, "draws no picture"
+    ),
+}
+
+
+@pytest.mark.parametrize("pages, complaint", CASES.values(), ids=CASES)
 def test_the_build_fails(tmp_path, pages, complaint):
-    result = build(tmp_path, pages)
+    result = build(tmp_path, {"index.md": INDEX, **pages})
     assert result.returncode != 0
     assert any(part in result.stdout + result.stderr for part in complaint.split("|"))

@@ -1,7 +1,10 @@
 "DAPO: exact values, the sampler and its bound, the gradient it leaves, bad input."
+import ast
 import inspect
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from po_book.dapo import (
 )
 from po_book.grpo import aggregate, group_advantages, grpo_loss
 from po_book.ppo import clipped_surrogate
+
+NOTEBOOKS = Path(__file__).parent.parent / "nbs"
 
 
 def close(got, want, atol=1e-12):
@@ -330,6 +335,48 @@ def test_filter_and_penalty_together_leave_a_truncated_row_without_gradient():
 def test_masks_that_do_not_fit_are_refused(mask, finished, match):
     with pytest.raises(ValueError, match=match):
         drop_truncated(mask, finished)
+
+
+# The step of the page is GRPO's, line by line
+
+
+def cells(name, kind):
+    notebook = json.loads((NOTEBOOKS / name).read_text())
+    return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == kind]
+
+
+def lines_of(name, function):
+    "Lines of a function that a notebook defines, without comments, as `ast` prints them."
+    source = next(c for c in cells(name, "code") if f"def {function}(" in c)
+    found = {x.name: x for x in ast.parse(source).body if isinstance(x, ast.FunctionDef)}
+    return ast.unparse(found[function]).splitlines()
+
+
+def test_dapos_step_differs_from_grpos_in_the_lines_that_the_page_names():
+    grpo = lines_of("46_grpo.ipynb", "grpo_step")
+    dapo = lines_of("47_dapo.ipynb", "dapo_step")
+    fence = next(c for c in cells("47_dapo.ipynb", "markdown") if "```diff" in c)
+    fence = fence.split("```diff\n")[1].split("```")[0].splitlines()
+    named = {sign: {ast.unparse(ast.parse(x[1:].strip())) for x in fence if x[0] == sign}
+             for sign in "+-"}
+    gone = {x.strip() for x in grpo} - {x.strip() for x in dapo}
+    new = {x.strip() for x in dapo} - {x.strip() for x in grpo}
+    reference = [  # what only the divergence needed
+        "def grpo_step(model, reference, optimizer, prompts, G=16, beta=0.04):",
+        "old, ref = (logps(model, ids), logps(reference, ids))",
+        "rho, u = ((logp - old).exp(), (ref - logp).exp())",
+        "def dapo_step(model, optimizer, prompts, G=16):",
+        "old = logps(model, ids)",
+        "rho = (logp - old).exp()",
+    ]
+    assert gone - set(reference) == named["-"] and len(named["-"]) == 5
+    assert new - set(reference) == named["+"] and len(named["+"]) == 4
+    assert set(reference) <= gone | new
+
+
+@pytest.mark.parametrize("name", ["ask", "logps", "verify", "real_tokens"])
+def test_both_pages_have_one_task(name):
+    assert lines_of("46_grpo.ipynb", name) == lines_of("47_dapo.ipynb", name)
 
 
 # GRPO's call with DAPO's settings

@@ -326,7 +326,7 @@ def test_estimators_refuse(estimator, change, message):
 
 
 def test_the_weighted_estimate_needs_a_weight():
-    with pytest.raises(ValueError, match="^ratios must leave one trajectory a weight"):
+    with pytest.raises(ValueError, match="^ratios must be positive in one trajectory"):
         weighted_importance_sampling(torch.zeros(3, 2), torch.ones(3, 2), 0.9)
 
 

@@ -12,13 +12,13 @@ from po_book.language_model import (
     char_tokenizer,
     enumerate_completions,
     pack,
-    sample,
     tiny_lm,
     token_logprobs,
 )
 from po_book.ppo import ppo_loss
 from po_book.rewards import RewardModel
 from po_book.rlhf import kl_rewards, networks_held, rlhf_batch, token_gae
+from po_book.sampling import sample
 
 TOKENIZER = char_tokenizer("abq")
 MASK = torch.tensor(
@@ -78,13 +78,13 @@ def test_what_the_tokens_pay_adds_up_to_the_divergence_of_responses():
     completions = enumerate_completions([2, 3], stop=1, max_new_tokens=3)
     rows = pack([[4]] * len(completions), completions, pad_id=0)
 
-    def score(model):
+    def logps_of(model):
         never = torch.tensor([-torch.inf, 0, 0, 0, -torch.inf])
         model.lm_head.bias = nn.Parameter(never, requires_grad=False)
         real = rows.attention_mask
         return token_logprobs(model, rows.ids, rows.mask, attention_mask=real).detach()
 
-    logp, logp_ref = score(toy(0)), score(toy(1))
+    logp, logp_ref = logps_of(toy(0)), logps_of(toy(1))
     paid = kl_rewards(torch.zeros(len(completions)), logp, logp_ref, rows.mask, 1.0)
     divergence = exact_kl(logp.sum(-1), logp_ref.sum(-1))
     assert divergence > 1e-3

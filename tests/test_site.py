@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from bs4 import BeautifulSoup
 from conftest import ROOT, toc_pages
 
 # The last two are made by sphinx-notfound-page and by Sphinx.
@@ -110,3 +111,33 @@ def test_figures_are_vector_graphics(site):
     images = {p.name for p in (site / "_images").iterdir() if p.suffix in (".png", ".svg")}
     frames = {p for p in images if p in (site / "61_command_line.html").read_text(encoding="utf-8")}
     assert len(images) > 10 and all(p.endswith(".svg") for p in images - frames)
+
+
+@pytest.mark.parametrize("name", [p for p in toc_pages() if p[:2].isdigit()])
+def test_a_chapter_shows_its_number(site, name):
+    number = name.split("_")[0]
+    html = (site / f"{name}.html").read_text(encoding="utf-8")
+    assert f'<h1><span class="section-number">{number}' in html
+    for kind in "eqno", "caption-number":
+        shown = re.findall(rf'class="{kind}">[^<]*?([\w.]*\d)\)?\s*<', html)
+        assert all(re.fullmatch(rf"{number}\.\d+", one) for one in shown), shown
+
+
+@pytest.mark.parametrize("name", toc_pages())
+def test_a_chapter_that_is_named_is_linked(site, name):
+    "Outside code; a chapter of another book is cited with its author or year."
+    article = BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+    numbers = {page[:2] for page in toc_pages() if page[:2].isdigit()} - {name[:2]}
+    plain = article.find("article")
+    for part in plain.find_all(["a", "pre", "code", "h1", "h2", "h3"]):
+        part.extract()
+    mentions = re.findall(r"(.{20})\bchapter (\d\d)\b(?!\.\d)", plain.text, re.I)
+    assert not [m for m in mentions if m[1] in numbers and not re.search(r"\d{4}", m[0])]
+
+
+@pytest.mark.parametrize("name", toc_pages())
+def test_nothing_of_a_solution_stands_outside_it(site, name):
+    page = BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+    for solution in page.find_all("div", class_="solution"):
+        after = solution.find_next_sibling()
+        assert after is None or "cell" not in after.get("class", [])
