@@ -155,7 +155,7 @@ class Algorithm:
     iteration: Callable  # (learner, config, remaining) to a rollout and metrics
 
 # %% ../nbs/34_runner.ipynb #ce8b45e3
-def _checked_config(algorithm: Algorithm, name: str, env: Env, config: Config) -> Config:
+def _checked(name: str, algorithm: Algorithm, env: Env, config: Config) -> Config:
     "`config`, with as many environments as there are."
     kind, got = algorithm.config.__name__, type(config).__name__
     require(isinstance(config, algorithm.config), f"config of {name}", f"a {kind}", got)
@@ -177,8 +177,7 @@ def find_device(name: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        say = f"device {name} is not there, use cpu or auto: {why}"
+        say = f"device {name} is not there, use cpu or auto: {error}".splitlines()[0]
         raise ValueError(say) from None
 
 # %% ../nbs/34_runner.ipynb #2e46cc65
@@ -195,14 +194,16 @@ def new_learner(
     _check_backend(backend, device, stepper)
     # Weights are drawn on the CPU, so a seed starts the same policy on every device.
     policy = config.make_policy(stepper.env, torch.Generator().manual_seed(seed))
+    can = "a module with act(obs, generator)"
+    require(isinstance(policy, Policy), "policy", can, type(policy).__name__)
     weights = flatten_parameters(policy.to(device))
     gpu = device.type == "cuda"
     lr = torch.tensor(config.lr, device=device) if gpu else config.lr
     optimizer = torch.optim.Adam([weights], lr, eps=1e-5, fused=True, capturable=gpu)
     generator = torch.Generator(device).manual_seed(seed)
     so_far = torch.zeros(stepper.env.num_envs, dtype=torch.float64, device=device)
-    parts = policy, weights, optimizer, stepper, generator, so_far, deque(maxlen=100)
-    parts = *parts, config.prepare(policy)
+    latest, extra = deque(maxlen=100), config.prepare(policy)
+    parts = policy, weights, optimizer, stepper, generator, so_far, latest, extra
     return Learner(*parts) if backend == "eager" else FastLearner(*parts, backend)
 
 # %% ../nbs/34_runner.ipynb #2c363f6e
@@ -355,7 +356,7 @@ def start_run(
     environment's spaces, if an observation or a reward is not finite, if the device is
     not there or `out` holds a run; `Diverged` if the weights are not finite.
     """
-    config, device = _checked_config(algorithm, name, env, config), find_device(device)
+    config, device = _checked(name, algorithm, env, config), find_device(device)
     learner = new_learner(env, seed, config, device, backend)
     run = Run(name, env, seed, str(device), backend, config, learner.policy)
     out = None if out is None else _claim_folder(run, Path(out))
@@ -373,8 +374,8 @@ def _open_run(
         asked = json.loads((out / "run.json").read_text(encoding="utf-8"))
         env = asked["env"] if env is None else env
         kind = algorithms[asked["algorithm"]].config
-        settings = asked["config"].items()  # JSON has no tuples, a Config no lists
-        config = kind(**{k: tuple(x) if isinstance(x, list) else x for k, x in settings})
+        pairs = asked["config"].items()  # JSON has no tuples, a Config no lists
+        config = kind(**{k: tuple(x) if isinstance(x, list) else x for k, x in pairs})
         found = find_device(asked["device"] if device is None else device)
     except FileNotFoundError:
         raise ValueError(f"{out} holds no run: there is no run.json") from None

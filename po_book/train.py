@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.functional import mse_loss
 
-from .advantage import normalize
+from .advantage import normalize, td_target
 from .checks import check_at_least, check_in, check_known, check_positive
 from .natural_gradient import trpo_step
 from .off_policy import deterministic_policy_loss
@@ -37,7 +37,7 @@ from po_book.rollout import (
 from po_book.runner import (
     Algorithm, Config, Learner, Run, read_run, resume_run, start_run
 )
-from .value_based import Replay, q_loss, soft_update, td_target
+from .value_based import Replay, q_loss, soft_update
 
 # %% ../nbs/35_train.ipynb #0948f33f
 @dataclass(frozen=True)
