@@ -28,8 +28,9 @@ import torch
 from provenance import peak_mb, record
 from trl import __version__ as trl_version
 
-from po_book.language_model import ChainAddition, char_tokenizer, load_lm, sft, tiny_lm
+from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import Aggregation, Clip, Group, InLoss, NoReference, Objective
+from po_book.tasks import ChainAddition, sft
 from po_book.train_lm import LMConfig, train_lm
 
 PROMPTS, GROUP, NEW, STEPS, TURNS = 8, 8, 16, 12, 5

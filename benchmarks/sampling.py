@@ -20,7 +20,9 @@ import transformers
 from provenance import record
 from transformers import DynamicCache
 
-from po_book.language_model import ChainAddition, char_tokenizer, sample, sft, tiny_lm
+from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.sampling import sample
+from po_book.tasks import ChainAddition, sft
 
 PROMPTS, GROUP, NEW = 8, 8, 16
 

@@ -24,7 +24,8 @@ from po_book.checks import (
     require,
 )
 from .kl import kl_estimate
-from .language_model import Samples, ValueModel, token_logprobs
+from .language_model import ValueModel, token_logprobs
+from .sampling import Samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,13 +12,13 @@ from po_book.language_model import (
     char_tokenizer,
     enumerate_completions,
     pack,
-    sample,
     tiny_lm,
     token_logprobs,
 )
 from po_book.ppo import ppo_loss
 from po_book.rewards import RewardModel
 from po_book.rlhf import kl_rewards, networks_held, rlhf_batch, token_gae
+from po_book.sampling import sample
 
 TOKENIZER = char_tokenizer("abq")
 MASK = torch.tensor(

@@ -1,0 +1,87 @@
+from itertools import chain
+
+import pytest
+from tiny_models import PROMPTS, SMALL, generator
+
+from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.tasks import ChainAddition, Countdown, is_held_out, sft, success_rate
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return char_tokenizer()
+
+
+def test_success_is_a_share_of_all_completions(tokenizer):
+    class Odd(ChainAddition):
+        def verify(self, prompt, completion):
+            seen.append(prompt)
+            return len(seen) % 4 == 1
+
+    seen = []
+    rate = success_rate(
+        tiny_lm(tokenizer, **SMALL), tokenizer, Odd(), PROMPTS, 4, generator(), samples=4
+    )
+    assert rate == 0.25
+    assert seen == [prompt for prompt in PROMPTS for _ in range(4)]
+
+
+@pytest.mark.parametrize("task", [ChainAddition(), Countdown(), ChainAddition(6, 8)], ids=str)
+def test_solutions_are_right_and_parts_are_disjoint(task):
+    train, test = task.prompts(400), task.prompts(400, held_out=True)
+    assert task.prompts(400) == train and task.prompts(400, seed=1) != train
+    assert not {"".join(sorted(x)) for x in train} & {"".join(sorted(x)) for x in test}
+    assert all(task.verify(x, task.solution(x)) for x in chain(train, test))
+    assert not any(map(is_held_out, train)) and all(map(is_held_out, test))
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [("11,16", True), ("16", True), ("0,16", True), ("11,15", False), ("", False), ("11,16,", False), ("11,016", False)],
+)
+def test_chain_addition_looks_at_the_last_total(completion, right):
+    assert ChainAddition().verify("3+8+5=", completion) == right
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        ("2*3=6,6+7=13", True),
+        ("3*2=6,7+6=13", True),
+        ("2*3=6", False),
+        ("2+3=5,5+7=13", False),
+        ("7+6=13", False),
+        ("2*3=6,6+7=13,", False),
+        ("", False),
+        ("13", False),
+        ("2-3=-1,-1+7=6", False),
+    ],
+)
+def test_countdown_follows_the_steps(completion, right):
+    assert Countdown().verify("2,3,7=13:", completion) == right
+
+
+def test_fine_tuning_learns_and_repeats(tokenizer):
+    task = ChainAddition(2, 2)
+    prompts = task.prompts(200)
+    solutions = list(map(task.solution, prompts))
+    runs = []
+    for _ in range(2):
+        model = tiny_lm(tokenizer, **SMALL)
+        runs.append(sft(model, tokenizer, prompts, solutions, 60, 32, 1e-2, generator()))
+    assert runs[0] == runs[1]
+    assert runs[0][-1] < 0.5 * runs[0][0]
+    rate = success_rate(model, tokenizer, task, prompts[:100], 8, generator())
+    assert rate > success_rate(tiny_lm(tokenizer, **SMALL), tokenizer, task, prompts[:100], 8, generator())
+
+
+class Few(ChainAddition):
+    def draw(self, rng):
+        return "1+1="
+
+
+def test_impossible_tasks_are_refused():
+    with pytest.raises(ValueError, match="fewest and most must be in order .* got 5 and 3"):
+        ChainAddition(5, 3)
+    with pytest.raises(ValueError, match="too few"):
+        Few().prompts(1, held_out=not is_held_out("1+1="))
