@@ -27,7 +27,7 @@ from po_book.checks import (
 MAX_LOG_RATIO = 20.0  # $e^{20}$ leaves 30 orders of magnitude to float32's largest
 
 # %% ../nbs/22_ppo.ipynb #7a000010
-_data, _keep = check_detached, keep  # the names some modules still know
+_keep = keep  # a name that one module still knows
 
 # %% ../nbs/22_ppo.ipynb #9b0ab1df
 def _log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:

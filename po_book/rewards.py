@@ -132,10 +132,10 @@ def weighted_sum(
     rewards: Sequence[Reward],
     weights: Sequence[float] | None = None,  # one a reward; 1 each without
 ) -> Reward:
-    """The sum {eq}`eq-rewards-sum` as a reward; each part is called through `compute_rewards`.
+    """The sum {eq}`eq-rewards-sum` as a reward, each part by `compute_rewards`.
 
-    When called, it raises what `compute_rewards` raises, and `ValueError` if all parts are silent
-    about a row.
+    When called, it raises what `compute_rewards` raises, and `ValueError` if all parts
+    are silent about a row.
 
     Raises: `ValueError` if there are no rewards, or not one finite weight a reward.
     """
@@ -147,7 +147,7 @@ def weighted_sum(
         raise ValueError(f"weights must be finite numbers, one a reward, got {got}")
 
     def total(prompts, completions, **columns) -> list[float]:
-        parts = [compute_rewards(reward, prompts, completions, **columns) for reward in rewards]
+        parts = [compute_rewards(r, prompts, completions, **columns) for r in rewards]
         sums = []
         for i, row in enumerate(zip(*parts)):
             terms = [w * x for w, x in zip(weights, row) if x is not None]
@@ -295,7 +295,8 @@ def step_scores(
 ) -> list[list[float]]:
     """Score of every prefix that ends a step, a list a row.
 
-    Raises: `ValueError` as `compute_rewards` does, and if `reward` is silent about a prefix.
+    Raises: `ValueError` as `compute_rewards` does, and if `reward` is silent about a
+    prefix.
     """
     cut = [prefixes(completion, separator) for completion in completions]
     data = {"prompts": prompts, **columns}

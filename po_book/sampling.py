@@ -26,6 +26,7 @@ from po_book.language_model import (
     pack,
     pad_token_id,
 )
+from .policies import draw_categorical
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,14 +42,6 @@ class Samples(Sequences):
     def rows(self, index: Int[Tensor, "M"]) -> "Samples":
         "Some of the completions."
         return Samples(**{name: x[index] for name, x in vars(self).items()})
-
-# %% ../nbs/41_sampling.ipynb #d9a54cc4
-def _draw(
-    logp: Float[Tensor, "N V"], generator: torch.Generator | None
-) -> Int[Tensor, "N"]:
-    "One token a row."
-    clocks = torch.empty_like(logp).exponential_(generator=generator)
-    return (logp - clocks.log_()).argmax(-1)
 
 # %% ../nbs/41_sampling.ipynb #44f2d800
 def _grow(
@@ -69,7 +62,7 @@ def _grow(
     running = torch.arange(len(branch), device=real.device)
     for left in reversed(range(max_new_tokens)):
         logp = log_distribution(next_logits(model, hidden), *settings)
-        tokens = _draw(logp[branch], generator)
+        tokens = draw_categorical(logp[branch], generator)
         yield running, tokens, logp[branch, tokens]
         going = torch.isin(tokens, stops, invert=True)
         if not left or not going.any():
