@@ -126,7 +126,8 @@ def grpo_objective(
     Source: Shao et al. 2024, equation 3.
     """
     check_at_least(0, beta=beta)
-    require(not beta or logp_ref is not None, "logp_ref", f"given with beta {beta}", None)
+    known = not beta or logp_ref is not None
+    require(known, "logp_ref", f"given with beta {beta}", None)
     advantages = per_token(advantages, logp)
     surrogate = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)
     return surrogate - beta * kl_estimate(logp, logp_ref, "k3") if beta else surrogate
