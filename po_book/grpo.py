@@ -105,9 +105,6 @@ def per_token(
     want, got = f"[N] or [N, L] with logp {list(logp.shape)}", list(advantages.shape)
     raise ValueError(f"advantages must be {want}, got {got}")
 
-# %% ../nbs/46_grpo.ipynb #d308a48e
-_per_token = per_token
-
 # %% ../nbs/46_grpo.ipynb #d0869e6f
 def grpo_objective(
     logp: Float[Tensor, "N L"],      # $\log\pi_\theta(o_{i,t}\mid q,o_{i,<t})$
