@@ -6,14 +6,11 @@ Writes results/NAME.csv, a row an evaluation, and results/NAME.json, which says 
 and with what it was made. Every row is what `po_book.train.train` logged.
 """
 
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from dataclasses import replace
+from functools import partial
 
 import torch
-from provenance import record
+from recording import Record, asked
 
 from po_book.runner import Config
 from po_book.train import (
@@ -27,15 +24,6 @@ from po_book.train import (
     default_config,
     train,
 )
-
-
-@dataclass(frozen=True)
-class Record:
-    "An environment, how many seeds, and the settings of each variant."
-
-    env: str
-    seeds: int
-    variants: dict[str, Config]
 
 
 def preset(algorithm: str, env: str, **more) -> Record:
@@ -90,39 +78,24 @@ RECORDS = {
 }
 
 
-def evaluations(name: str, variant: str, seed: int) -> list[list]:
+def evaluations(name: str, variant: str, seed: int) -> list[dict]:
     "One run: the rows of its log that have a mean return."
     torch.set_num_threads(1)
-    env, config = RECORDS[name].env, RECORDS[name].variants[variant]
+    env, config = RECORDS[name].place, RECORDS[name].variants[variant]
     algorithm = next(key for key, x in ALGORITHMS.items() if x.config is type(config))
     run = train(algorithm, env, seed=seed, config=config, progress=False)
     rows = [row for row in run.log if "mean_return" in row]
     return [
-        [variant, seed, row["steps"], f"{row['seconds']:.2f}", f"{row['mean_return']:.2f}"]
+        {"variant": variant, "seed": seed, "steps": row["steps"],
+         "seconds": f"{row['seconds']:.2f}", "mean_return": f"{row['mean_return']:.2f}"}
         for row in rows
     ]
 
 
-def runs(name: str, processes: int) -> Iterator[list[list]]:
-    "The evaluations of every variant and seed."
-    wanted = list(product(RECORDS[name].variants, range(RECORDS[name].seeds)))
-    with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(evaluations, [name] * len(wanted), *zip(*wanted))
-
-
-def settings(name: str) -> dict[str, dict]:
-    "What the runs were made with, to be compared with what the code would do now."
-    return {variant: asdict(config) for variant, config in RECORDS[name].variants.items()}
-
-
-def main(name: str, processes: str = "1") -> None:
-    rows = [row for run in runs(name, int(processes)) for row in run]
-    columns = ["variant", "seed", "steps", "seconds", "mean_return"]
-    seeds = f"seeds 0 to {RECORDS[name].seeds - 1}"
-    record(name, columns, rows, seeds=seeds, settings=settings(name))
+def main(name: str, processes: int) -> None:
+    runs = RECORDS[name].runs(partial(evaluations, name), processes)
+    RECORDS[name].write(name, [row for run in runs for row in run])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or sys.argv[1] not in RECORDS:
-        sys.exit(f"{__doc__}\nNAME is one of: {', '.join(RECORDS)}")
-    main(*sys.argv[1:])
+    main(*asked(__doc__, RECORDS))

@@ -70,8 +70,8 @@ def check_like(
 
 # %% ../nbs/11_checks.ipynb #e0b70f3a
 def check_in(
-    interval: str,         # such as "[0, 1)"; ends may be inf
-    **numbers: float,      # what must lie in it; tensors are not looked at
+    interval: str,     # such as "[0, 1)"; ends may be inf
+    **numbers: float,  # what must lie in it; tensors are not looked at
 ) -> None:
     """Refuse numbers outside an interval.
 
@@ -123,9 +123,9 @@ def check_known(
 
 # %% ../nbs/11_checks.ipynb #a5f0ec02
 def check_steps(
-    **steps: Shaped[Tensor, "T N"],  # `terminated` and `done` are flags, all else numbers
+    **steps: Shaped[Tensor, "T N"],  # `terminated` and `done` are flags, others numbers
 ) -> None:
-    """Refuse steps that are not all [T, N] like the first, not empty, and of their kind.
+    """Refuse steps that are not [T, N], not empty, alike in shape and of their kind.
 
     Raises: `ValueError` that names the first of them.
     """

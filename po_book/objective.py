@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'Returns', 'Critic', 'Group', 'LeaveOneOut', 'OneStep', 'Radius', 'Penalty', 'Clip', 'NoReference',
            'InReward', 'InLoss', 'Aggregation', 'Objective', 'objective_loss', 'difference']
 
-# %% ../nbs/48_objective.ipynb #cbb7b136
-from dataclasses import dataclass, fields
+# %% ../nbs/48_objective.ipynb #51bf140a
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .advantage import normalize
-from .grpo import _per_token, group_advantages, leave_one_out, token_weights
+from .checks import check_like, check_positive, keep, require
+from .grpo import group_advantages, leave_one_out, per_token, token_weights
 from .kl import kl_estimate
 from po_book.ppo import (
-    _keep,
     approx_kl,
     clipped_surrogate,
     kl_penalty,
@@ -27,7 +27,6 @@ from po_book.ppo import (
     ratio,
 )
 from .rlhf import kl_rewards, token_gae
-from .value_based import _like
 
 # %% ../nbs/48_objective.ipynb #c3ed17f0
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ class Critic:
 
         Raises: `ValueError` without values, and as `token_gae` does.
         """
-        if values is None:
-            raise ValueError("values must be given with a critic, got None")
+        require(values is not None, "values", "given with a critic", None)
         advantages = token_gae(rewards, values, mask, self.gamma, self.lam)
         targets = advantages + values * mask
         if self.normalize:
@@ -99,9 +97,9 @@ def _totals(
     group_size: int,                # adjacent rows of one prompt
 ) -> Float[Tensor, "P G"]:
     "What each response was paid, a row a prompt."
-    if group_size < 1 or len(rewards) % group_size:
-        rule = f"must be positive and divide the {len(rewards)} rows"
-        raise ValueError(f"group_size {rule}, got {group_size}")
+    check_positive(group_size=group_size)
+    whole = len(rewards) % group_size == 0
+    require(whole, "group_size", f"a divisor of the {len(rewards)} rows", group_size)
     return rewards.sum(1).view(-1, group_size)
 
 # %% ../nbs/48_objective.ipynb #888f9f92
@@ -167,6 +165,8 @@ class LeaveOneOut:
 @dataclass(frozen=True)
 class OneStep:
     """No trust region: one gradient step, then fresh samples.
+
+    The ratio is 1 and its derivative that of `logp`, which stands in its place.
 
     Source: Williams 1992; Mnih et al. 2016.
     """
@@ -271,6 +271,8 @@ class NoReference:
     "Nothing holds the policy back."
 
     reference: ClassVar[bool] = False
+    in_reward: ClassVar[float] = 0.0
+    in_loss: ClassVar[float] = 0.0
     words: ClassVar[str] = "none"
 
 # %% ../nbs/48_objective.ipynb #52b84de6
@@ -283,6 +285,12 @@ class InReward:
 
     beta: float = 0.05  # price of a nat, in units of reward
     reference: ClassVar[bool] = True
+    in_loss: ClassVar[float] = 0.0
+
+    @property
+    def in_reward(self) -> float:
+        "What a nat costs in the reward."
+        return self.beta
 
     @property
     def words(self) -> str:
@@ -300,6 +308,12 @@ class InLoss:
     beta: float = 0.04  # weight of a nat
     kind: Literal["k1", "k2", "k3"] = "k3"
     reference: ClassVar[bool] = True
+    in_reward: ClassVar[float] = 0.0
+
+    @property
+    def in_loss(self) -> float:
+        "What a nat costs in the loss."
+        return self.beta
 
     @property
     def words(self) -> str:
@@ -331,7 +345,7 @@ class Aggregation:
     def __call__(
         self,
         mask: Bool[Tensor, "N L"],  # true at tokens of the completions
-        dtype: torch.dtype | None = None,  # None takes torch's default
+        dtype: torch.dtype | None = None,  # of the weights; None: torch's default
     ) -> Float[Tensor, "N L"]:
         """Weights of tokens, 0 outside the mask.
 
@@ -360,11 +374,10 @@ class Objective:
 
         Raises: `ValueError` without a reference that is wanted, and as `kl_rewards`.
         """
-        if not isinstance(self.kl, InReward):
+        if not self.kl.in_reward:  # no divergence to pay for
             return kl_rewards(rewards, logp, logp, mask, 0.0)
-        if logp_ref is None:
-            raise ValueError(f"logp_ref must be given for {self.kl}, got None")
-        return kl_rewards(rewards, logp, logp_ref, mask, self.kl.beta)
+        require(logp_ref is not None, "logp_ref", f"given for {self.kl}", None)
+        return kl_rewards(rewards, logp, logp_ref, mask, self.kl.in_reward)
 
     def __call__(
         self,
@@ -377,12 +390,20 @@ class Objective:
 
         Raises: `ValueError` without a reference that is wanted, and as the parts do.
         """
-        gain = self.trust(logp, logp_old, _per_token(advantages, logp))
-        if not isinstance(self.kl, InLoss) or not self.kl.beta:
+        gain = self.trust(logp, logp_old, per_token(advantages, logp))
+        if not self.kl.in_loss:
             return gain
-        if logp_ref is None:
-            raise ValueError(f"logp_ref must be given for {self.kl}, got None")
-        return gain - self.kl.beta * kl_estimate(logp, logp_ref, self.kl.kind)
+        require(logp_ref is not None, "logp_ref", f"given for {self.kl}", None)
+        return gain - self.kl.in_loss * kl_estimate(logp, logp_ref, self.kl.kind)
+
+    def for_length(
+        self,
+        max_len: int,  # tokens that a completion may have
+    ) -> "Objective":
+        "The same, with the longest length filled in where it divides by that."
+        if self.aggregation != Aggregation("constant"):
+            return self
+        return replace(self, aggregation=Aggregation("constant", max_len))
 
 # %% ../nbs/48_objective.ipynb #dbc81e4b
 def objective_loss(
@@ -401,12 +422,12 @@ def objective_loss(
 
     Raises: `ValueError` if shapes do not fit, and as the parts do.
     """
-    advantages = _per_token(advantages, logp)
-    _like("logp", logp, logp_old=logp_old, logp_ref=logp_ref, mask=mask)
-    _like("logp", logp, weights=weights)
+    advantages = per_token(advantages, logp)
+    rows = {"logp_old": logp_old, "logp_ref": logp_ref, "mask": mask}
+    check_like("logp", logp, **rows, weights=weights)
     if weights is None:
         weights = objective.aggregation(mask, logp.dtype)
-    logp, logp_old, advantages, logp_ref = _keep(
+    logp, logp_old, advantages, logp_ref = keep(
         mask, logp, logp_old, advantages, logp_ref
     )
     loss = -(weights * objective(logp, logp_old, advantages, logp_ref)).sum()
@@ -420,16 +441,17 @@ def objective_loss(
     return loss, {name: masked_mean(x, mask) for name, x in metrics.items()}
 
 # %% ../nbs/48_objective.ipynb #f20228b7
-_ONE, _TOKENS = Aggregation("constant", 1), Aggregation("token")
+_SUM = Aggregation("constant", 1)  # of the tokens of a response; mean over responses
+_TOKENS = Aggregation("token")
 
 PRESETS: dict[str, Objective] = {
-    "reinforce": Objective(Returns(), OneStep(), NoReference(), _ONE),
+    "reinforce": Objective(Returns(), OneStep(), NoReference(), _SUM),
     "a2c": Objective(Critic(0.99), OneStep(), NoReference(), _TOKENS),
     "trpo": Objective(Critic(0.99), Radius(), NoReference(), _TOKENS),
     "ppo-kl": Objective(Critic(0.99), Penalty(), NoReference(), _TOKENS),
     "ppo": Objective(Critic(0.99), Clip(), NoReference(), _TOKENS),
     "rlhf-ppo": Objective(Critic(), Clip(), InReward(), _TOKENS),
-    "rloo": Objective(LeaveOneOut(), OneStep(), InReward(), _ONE),
+    "rloo": Objective(LeaveOneOut(), OneStep(), InReward(), _SUM),
     "grpo": Objective(Group(), Clip(), InLoss(), Aggregation("sample")),
     "dr-grpo": Objective(Group("none"), Clip(), NoReference(), Aggregation("constant")),
     "dapo": Objective(

@@ -14,14 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .checks import check_finite, check_in, check_result, check_shape, check_steps
+from .checks import check_finite, check_in, check_result
+from .checks import check_shape, check_steps
 from .mdp import TabularMDP, Trajectories, sample_trajectories
-
-# %% ../nbs/13_policy_gradient.ipynb #d2329a65
-def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    "Until no module asks for it."
-    check_shape(shape, **{name: value})
-    check_finite(**{name: value})
 
 # %% ../nbs/13_policy_gradient.ipynb #35784404
 def score(
@@ -81,7 +76,7 @@ def reinforce_loss(
 ) -> Float[Tensor, ""]:
     """Pseudo-objective {eq}`eq-reinforce-loss`, whose gradient is minus the estimate.
 
-    No gradient flows into `psi` or `weights`: not into a critic, not into rewards.
+    No gradient flows into `psi` or `weights`: not into learnt values, not into rewards.
 
     Raises: `ValueError` on shapes that differ, NaN and infinite entries, no rows.
     Source: Williams 1992.
@@ -144,7 +139,7 @@ def backward_sum(
 # %% ../nbs/13_policy_gradient.ipynb #22c803f0
 def discounted_returns(
     rewards: Float[Tensor, "T N"],  # $r_t$
-    done: Bool[Tensor, "T N"] | None = None,  # an episode ends here; None: only the data
+    done: Bool[Tensor, "T N"] | None = None,  # an episode ends; None: only the data
     gamma: float = 0.99,            # discount, in [0, 1]
     bootstrap: Float[Tensor, "T N"] | None = None,  # $B_t$, value of what follows
 ) -> Float[Tensor, "T N"]:

@@ -18,11 +18,12 @@ from PIL import Image
 
 import po_book.train
 from po_book import cli
-from po_book.cli import LANGUAGE, load_reward, load_task, main, record_episode
+from po_book.cli import LANGUAGE, load_reward, load_task, main
 from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS, Clip, Group, InLoss
 from po_book.policies import make_policy, make_q_policy
 from po_book.rollout import evaluate
+from po_book.runs import record_episode
 from po_book.sampling import sample
 from po_book.train import ALGORITHMS, PPOConfig, default_config, load_run, train
 from po_book.train_lm import LMConfig, default_lm_config, train_lm
@@ -198,7 +199,7 @@ def assert_same_curves(got: dict, want: dict) -> None:
 
 def test_tensorboard_shows_the_log(trained):
     shown = events(trained)
-    assert len(shown["score"]) >= 2
+    assert len(shown["mean_return"]) >= 2
     assert_same_curves(shown, logged(trained))
 
 
@@ -227,11 +228,11 @@ def stopped(line: list[str], by: signal.Signals) -> tuple[int, str]:
     # A shell's background jobs ignore Ctrl-C, and so does all that they start.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([*PROCESS, *line], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    before, patience = checkpoints(), time.monotonic() + 60
+    before, patience = checkpoints(), time.monotonic() + 300
     while time.monotonic() < patience and checkpoints() <= before:
         time.sleep(0.005)
     process.send_signal(by)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=300)
     return process.returncode, complaint
 
 
@@ -345,7 +346,7 @@ def fake_lm_run(folder: str, rows: list[dict], beta: float = 0.04, **changes) ->
     path.write_text(json.dumps(asked))
 
 
-ROWS = [{"steps": s, "return": s / 10, "score": s / 5} for s in (100, 200, 300)]
+ROWS = [{"steps": s, "return": s / 10, "mean_return": s / 5} for s in (100, 200, 300)]
 UNSCORED = [{"steps": s, "return": s / 10} for s in (100, 200, 300)]
 
 
@@ -363,7 +364,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_line(here, capsys):
     labels = [text for text in texts("x.svg") if "(n=" in text]
     assert labels == ["ppo, lr=0.003 (n=2)", "ppo, lr=0.01 (n=1)", "dqn (n=1)"]
     assert "E-v0" in texts("x.svg")
-    assert capsys.readouterr().out == "score of 4 runs in x.svg\n"
+    assert capsys.readouterr().out == "mean_return of 4 runs in x.svg\n"
 
 
 def test_environments_are_told_if_there_are_several(here):
@@ -377,14 +378,14 @@ def test_environments_are_told_if_there_are_several(here):
 @pytest.mark.parametrize(
     "folders, key",
     [
-        ("a", "score"), ("a b", "return"), ("a --key return", "return"), ("c", "return"),
+        ("a", "mean_return"), ("a b", "return"), ("a --key return", "return"), ("c", "return"),
         ("d", "success"), ("d e", "reward"), ("e --key kl", "kl"),
     ],
 )
-def test_the_score_is_drawn_where_every_run_has_it(folders, key, here):
+def test_a_grade_is_drawn_where_every_run_has_it(folders, key, here):
     fake_run("a", ROWS)
     fake_run("b", UNSCORED, seed=1)
-    fake_run("c", [{**row, "score": None} for row in ROWS])
+    fake_run("c", [{**row, "mean_return": None} for row in ROWS])
     rows = [{"step": s, "reward": s / 2, "kl": s, "success": s / 9} for s in (1, 2, 3)]
     fake_lm_run("d", rows)
     fake_lm_run("e", [{**row, "success": None} for row in rows], seed=1)
@@ -591,7 +592,7 @@ def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
         ("plot nowhere", 1, "nowhere holds no run: there is no run.json"),
         ("plot unlogged", 1, "unlogged holds no log yet: there is no log.csv"),
         ("plot strange", 1, "run.json is not of a run"),
-        ("plot short", 1, "a curve needs two values; short has 1 of score"),
+        ("plot short", 1, "a curve needs two values; short has 1 of mean_return"),
         ("plot short --key loss", 1, "0 of loss; its log has ['steps', 'return',"),
         ("plot empty", 1, "empty has 0 of return; its log has nothing"),
         ("plot good --out x.abc", 1, "abc"),
@@ -627,7 +628,7 @@ def test_a_mistake_is_answered_without_a_traceback(line, code, complaint, here, 
 
 def test_a_video_that_is_no_gif_is_refused(trained, here, capsys):
     assert run(f"evaluate {trained} --video episode.mp4") == 1
-    assert "video must end in .gif, got episode.mp4" in capsys.readouterr().err
+    assert "video must be a path that ends in .gif, got episode.mp4" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_says_how_far_it_came(here, capsys):

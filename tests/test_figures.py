@@ -42,7 +42,7 @@ def provenance(name: str) -> dict:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_was_made_with_the_settings_that_the_code_has_now(name):
-    settings = RECORDS[name].settings(name)
+    settings = RECORDS[name].RECORDS[name].settings()
     assert provenance(name)["settings"] == json.loads(json.dumps(settings))
 
 

@@ -1,6 +1,5 @@
 "The oracle: exact values against other routes, invariances, gradients, bad input."
 from itertools import product
-from math import log
 
 import pytest
 import torch
@@ -15,14 +14,11 @@ from po_book.mdp import (
     cliff_walk,
     corridor,
     draw,
-    entropy,
     enumerate_trajectories,
-    kl_divergence,
     policy_chain,
     policy_iteration,
     random_mdp,
     sample_trajectories,
-    total_variation,
 )
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -141,7 +137,8 @@ def test_occupancy_is_where_simulations_are(seed):
     states = sample_trajectories(mdp, pi, 5_000, 40, generator).states
     discount = 0.2 * 0.8 ** torch.arange(41).double()
     seen = torch.nn.functional.one_hot(states, 4).double().mean(0)
-    assert total_variation(discount @ seen / discount.sum(), mdp.occupancy(pi)) < 0.02
+    gap = discount @ seen / discount.sum() - mdp.occupancy(pi)
+    assert gap.abs().sum() / 2 < 0.02
     assert mdp.occupancy(pi).sum().item() == pytest.approx(1, abs=1e-12)
 
 
@@ -232,8 +229,6 @@ def test_gradients_are_finite_differences():
         assert torch.autograd.gradcheck(
             lambda th, f=f: f(hall.under(th.softmax(-1))[0]), logits(4, 2)
         )
-    for f in entropy, lambda p: kl_divergence(p, rows(4, 3)):
-        assert torch.autograd.gradcheck(lambda th, f=f: f(th.softmax(-1)), theta)
 
 
 def test_gradient_survives_probabilities_of_zero():
@@ -243,18 +238,6 @@ def test_gradient_survives_probabilities_of_zero():
     (gradient,) = torch.autograd.grad(t.weights @ t.rewards.sum(-1), pi)
     # Leaving in the first step or, after waiting with probability one, in the second.
     assert gradient.isfinite().all() and gradient[0, 1].item() == pytest.approx(2)
-
-
-def test_divergences_agree_with_torch():
-    p, q = rows(2, 5, 3, seed=1), rows(2, 5, 3, seed=2)
-    P, Q = torch.distributions.Categorical(p), torch.distributions.Categorical(q)
-    peer = torch.distributions.kl_divergence(P, Q)
-    torch.testing.assert_close(kl_divergence(p, q), peer, **EXACT)
-    torch.testing.assert_close(entropy(p), P.entropy(), **EXACT)
-    assert kl_divergence(p, p).abs().max() == 0 and total_variation(p, p).max() == 0
-    assert kl_divergence([1.0, 0.0], [0.5, 0.5]).item() == pytest.approx(log(2))
-    assert kl_divergence([0.5, 0.5], [1.0, 0.0]) == torch.inf
-    assert entropy([0.0, 1.0]) == 0
 
 
 def test_lists_and_float32_are_computed_in_float64():
@@ -329,9 +312,6 @@ def test_a_wrong_policy_is_refused_by_name(pi, message):
         (lambda: chain_visits(torch.eye(2), START, torch.tensor([False, True])), "end is never"),
         (lambda: chain_visits(torch.eye(2), START, torch.tensor([False])), "end must have shape"),
         (lambda: chain_stationary(torch.eye(2)), "P must have a state"),
-        (lambda: entropy([0.5, 0.6]), "rows of p"),
-        (lambda: kl_divergence([0.5, 0.5], [0.5, 0.3, 0.2]), r"q must have shape \(2,\)"),
-        (lambda: total_variation([0.5, 0.5], [1.5, -0.5]), "q must be non-negative"),
     ],
 )
 def test_bad_input_is_refused_by_name(call, message):

@@ -14,6 +14,7 @@ from po_book.objective import (
     Critic,
     Group,
     InLoss,
+    InReward,
     LeaveOneOut,
     NoReference,
     OneStep,
@@ -113,9 +114,7 @@ def test_rloo_is_reinforce_of_whole_responses(data):
     ],
 )
 def test_the_family_of_grpo_is_grpo_loss_with_its_settings(data, name, settings):
-    objective, reference = PRESETS[name], {"logp_ref": data["logp_ref"]}
-    if name == "dr-grpo":
-        objective = replace(objective, aggregation=Aggregation("constant", L))
+    objective, reference = PRESETS[name].for_length(L), {"logp_ref": data["logp_ref"]}
     theirs, _ = grpo_loss(*rows(data), **reference, **settings)
     ours, metrics = objective_loss(objective, *rows(data), **reference)
     check(ours, theirs, data["logp"])
@@ -282,9 +281,7 @@ def test_equal_words_for_different_choices_are_spelled_out():
 )
 def test_the_weight_of_a_score_is_the_one_computed_by_hand(name, right, wrong):
     "A right response of one token and a wrong one of three, before the first step."
-    objective = PRESETS[name]
-    if name == "dr-grpo":
-        objective = replace(objective, aggregation=Aggregation("constant", 3))
+    objective = PRESETS[name].for_length(3)
     mask = torch.tensor([[True, False, False], [True, True, True]])
     logp = torch.full((2, 3), -1.0, dtype=torch.float64, requires_grad=True)
     old = logp.detach()
@@ -299,11 +296,27 @@ def test_the_weight_of_a_score_is_the_one_computed_by_hand(name, right, wrong):
 def test_advantages_say_what_they_miss(data):
     mask, old = data["mask"], data["logp_old"]
     for choice in Group(), LeaveOneOut():
-        with pytest.raises(ValueError, match="divide the 8 rows, got 3"):
+        with pytest.raises(ValueError, match="a divisor of the 8 rows, got 3"):
             choice(torch.zeros(N, L), mask, 3)
-        with pytest.raises(ValueError, match="must be positive .* got 0"):
+        with pytest.raises(ValueError, match="group_size must be positive, got 0"):
             choice(torch.zeros(N, L), mask, 0)
-    with pytest.raises(ValueError, match="values must be given with a critic"):
+    with pytest.raises(ValueError, match="values must be given with a critic, got None"):
         Critic()(torch.zeros(N, L), mask, G, None)
     with pytest.raises(ValueError, match="logp_ref must be given for InReward"):
         PRESETS["rloo"].rewards(torch.ones(N), old, mask)
+
+
+def test_a_length_is_filled_in_where_an_objective_divides_by_one():
+    for name, objective in PRESETS.items():
+        filled = objective.for_length(7)
+        if name == "dr-grpo":
+            assert filled.aggregation == Aggregation("constant", 7)
+            assert filled.for_length(9) == filled
+        else:
+            assert filled == objective
+
+
+def test_a_price_of_nothing_needs_no_reference(data):
+    free = replace(PRESETS["rloo"], kl=InReward(0.0))
+    paid = free.rewards(torch.ones(N), data["logp_old"], data["mask"])
+    torch.testing.assert_close(paid.sum(1), torch.ones(N).to(paid))
