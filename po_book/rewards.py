@@ -128,6 +128,7 @@ def verifier(
     return verified
 
 # %% ../nbs/43_rewards.ipynb #d3e11d32
+#| code-fold: true
 def weighted_sum(
     rewards: Sequence[Reward],
     weights: Sequence[float] | None = None,  # one a reward; 1 each without
@@ -245,6 +246,7 @@ def fit_reward_model(
     return minimise(loss, weights, n, steps, batch_size, lr, **settings)
 
 # %% ../nbs/43_rewards.ipynb #5459a2d0
+#| code-fold: true
 def pair_accuracy(
     better: Float[Tensor, "*B"],  # scores of the responses that are better
     worse: Float[Tensor, "*B"],   # scores of those that are worse; may broadcast
@@ -286,6 +288,7 @@ def prefixes(
     return [separator.join(steps[: i + 1]) for i in range(len(steps))]
 
 # %% ../nbs/43_rewards.ipynb #9efc5cc4
+#| code-fold: true
 def step_scores(
     reward: Reward,            # asked about prefixes
     prompts: Sequence[Any],

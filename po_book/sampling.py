@@ -7,6 +7,7 @@ __all__ = ['branch_out', 'Samples', 'sample', 'join']
 
 # %% ../nbs/41_sampling.ipynb #89bf32fa
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,29 +128,42 @@ def sample(
     if the tokenizer has no end token, if a setting is out of range, if `generator` is
     on another device, or if the model's logits are not finite.
     """
+    _check_request(model, group_size, max_new_tokens, generator)
     check_sampling(temperature, top_k, top_p)
-    check_at_least(1, group_size=group_size, max_new_tokens=max_new_tokens)
-    if generator is not None and generator.device.type != model.device.type:
-        where = f"{generator.device}, the model on {model.device}"
-        raise ValueError(f"generator is on {where}")
     prompt_ids, pad = encode(tokenizer, prompts), pad_token_id(tokenizer)
     check_fit(model, prompt_ids, max_new_tokens)
     prompt = pack(prompt_ids, [[]] * len(prompts), pad, model.device)
     stops, settings = _stop_ids(model, tokenizer), (temperature, top_k, top_p)
-    training = model.training
-    if training:  # else a walk through all modules is saved
-        model.eval()
     steps = _grow(model, prompt, group_size, max_new_tokens, stops, generator, settings)
-    try:
-        with torch.inference_mode():
-            steps = list(steps)
-    finally:
-        if training:
-            model.train()
+    with _evaluating(model), torch.inference_mode():
+        steps = list(steps)
     samples = _collected(prompt, group_size, pad, stops, steps)
     if not samples.logps.isfinite().all():
         raise ValueError("model gives logits that are not finite: its weights have NaN")
     return samples
+
+# %% ../nbs/41_sampling.ipynb #aeab8918
+def _check_request(
+    model: "PreTrainedModel", group_size: int, max_new_tokens: int, generator
+) -> None:
+    "Refuse to sample nothing, or with a generator of another device."
+    check_at_least(1, group_size=group_size, max_new_tokens=max_new_tokens)
+    if generator is not None and generator.device.type != model.device.type:
+        where = f"{generator.device}, the model on {model.device}"
+        raise ValueError(f"generator is on {where}")
+
+
+@contextmanager
+def _evaluating(model: "PreTrainedModel") -> Iterator[None]:
+    "Without dropout; the model is left in the mode it was in."
+    training = model.training
+    if training:  # else a walk through all modules is saved
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 # %% ../nbs/41_sampling.ipynb #51ccf035
 def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tensor:
@@ -161,6 +175,7 @@ def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
     return torch.tensor(sorted(stops), device=model.device)
 
 # %% ../nbs/41_sampling.ipynb #403f5eba
+#| code-fold: true
 def join(
     parts: list[Samples] | tuple[Samples, ...],
     pad_id: int,  # fills both ends

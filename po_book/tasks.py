@@ -133,6 +133,7 @@ def _search(pool: list[int], target: int) -> list[str] | None:
     return None
 
 # %% ../nbs/42_tasks.ipynb #92c965d1
+#| code-fold: true
 @dataclass(frozen=True)
 class Countdown(Task):
     "`2,3,7=13:` is answered by `2*3=6,6+7=13`, and by any other way."
@@ -177,6 +178,7 @@ def _number(text: str) -> float | str:
         return text
 
 # %% ../nbs/42_tasks.ipynb #74233197
+#| code-fold: true
 class WordProblems(Task):
     "Problems from a file: lines of JSON with a `prompt` and an `answer`."
 
