@@ -200,8 +200,7 @@ def make_stepper(
 ) -> Stepper:
     "`num_envs` environments, ready to be stepped. Raises: what `make_vector_env` does."
     vector = make_vector_env(env, num_envs, device)
-    # Asked of the type, because a wrapper would pass the question on to what it wraps.
-    if hasattr(type(vector), "stepper"):
+    if hasattr(vector, "stepper"):
         return vector.stepper(seed)
     return Stepper(vector, device, seed)
 

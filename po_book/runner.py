@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'Config', 'Run', 'Learner', 'Algorithm', 'find_device', 'new_learner', 'Diverged', 'start_run',
-           'resume_run', 'read_run', 'flatten_parameters']
+           'resume_run', 'read_run', 'flatten_parameters', 'FastLearner']
 
 # %% ../nbs/34_runner.ipynb #3425d120
 import json
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from po_book.checkpoint import (
     NotCapturable, capture, load_checkpoint, restore, save_checkpoint, write_table
 )
-from .checks import check_in, check_known, check_positive
+from .checks import check_in, check_known, check_positive, require
 from .policies import Policy, make_policy
 from po_book.rollout import (
     Env, Rollout, Stepper, collect, episode_returns, evaluate, make_stepper
@@ -112,9 +112,7 @@ class Learner:
     generator: torch.Generator  # of actions and minibatches, on the policy's device
     so_far: Float64[Tensor, "N"]  # earned in episodes that still run
     latest: deque[float]          # returns of the latest hundred that ended
-    backend: str = "eager"        # a key of `BACKENDS`
-    ready: dict[tuple, Callable] = field(default_factory=dict)  # what it has prepared
-    extra: dict[str, Any] = field(default_factory=dict)  # what the method keeps
+    extra: dict[str, Any]         # what the method keeps, from `Config.prepare`
 
     def set_lr(self, lr: float) -> None:
         "Let the next gradient steps have this learning rate."
@@ -135,36 +133,18 @@ class Learner:
         nn.utils.clip_grad_norm_([self.weights], max_grad_norm)
         self.optimizer.step()
 
+    def collect(self, steps: int) -> Rollout:
+        "`steps` steps in every environment."
+        return collect(self.policy, self.stepper, steps, self.generator)
+
     def run(
         self,
         name: str,  # of the function
         function: Callable[..., dict[str, Tensor]],  # of tensors, the same every time
         **inputs: Tensor | float,
     ) -> dict[str, Tensor]:
-        "`function(**inputs)`, as the backend runs it; numbers become tensors for it."
-        if self.backend == "eager":
-            return function(**inputs)
-        place = self.weights.device
-        tensors = {k: torch.as_tensor(x, device=place) for k, x in inputs.items()}
-        key = name, *(x.shape for x in tensors.values())
-        if key not in self.ready:
-            generators = [self.generator, getattr(self.stepper.env, "generator", None)]
-            self.ready[key] = BACKENDS[self.backend](function, generators)
-        return self.ready[key](**tensors)
-
-    def collect(self, steps: int) -> Rollout:
-        "`steps` steps in every environment; one graph where the backend records."
-        if self.backend != "recorded":
-            return collect(self.policy, self.stepper, steps, self.generator)
-
-        def walk(obs: Float[Tensor, "N D"]) -> dict[str, Tensor]:
-            self.stepper.obs = obs
-            rollout = collect(self.policy, self.stepper, steps, self.generator)
-            return vars(rollout) | {"following": self.stepper.obs}
-
-        columns = self.run("collect", walk, obs=self.stepper.obs)
-        self.stepper.obs = columns.pop("following")
-        return Rollout(**columns)
+        "`function(**inputs)`. A faster learner may prepare it."
+        return function(**inputs)
 
 # %% ../nbs/34_runner.ipynb #4bebdb4b
 @dataclass(frozen=True)
@@ -175,12 +155,10 @@ class Algorithm:
     iteration: Callable  # (learner, config, remaining) to a rollout and metrics
 
 # %% ../nbs/34_runner.ipynb #ce8b45e3
-def _checked_config(algorithm: Algorithm, name: str, env: Env, config: Config) -> Config:
+def _checked(name: str, algorithm: Algorithm, env: Env, config: Config) -> Config:
     "`config`, with as many environments as there are."
-    kind = algorithm.config
-    if not isinstance(config, kind):
-        want, got = kind.__name__, type(config).__name__
-        raise ValueError(f"config of {name} must be a {want}, got {got}")
+    kind, got = algorithm.config.__name__, type(config).__name__
+    require(isinstance(config, algorithm.config), f"config of {name}", f"a {kind}", got)
     if not isinstance(env, VectorEnv):
         return config
     if config.eval_every:
@@ -199,8 +177,7 @@ def find_device(name: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        say = f"device {name} is not there, use cpu or auto: {why}"
+        say = f"device {name} is not there, use cpu or auto: {error}".splitlines()[0]
         raise ValueError(say) from None
 
 # %% ../nbs/34_runner.ipynb #2e46cc65
@@ -217,14 +194,17 @@ def new_learner(
     _check_backend(backend, device, stepper)
     # Weights are drawn on the CPU, so a seed starts the same policy on every device.
     policy = config.make_policy(stepper.env, torch.Generator().manual_seed(seed))
+    can = "a module with act(obs, generator)"
+    require(isinstance(policy, Policy), "policy", can, type(policy).__name__)
     weights = flatten_parameters(policy.to(device))
     gpu = device.type == "cuda"
     lr = torch.tensor(config.lr, device=device) if gpu else config.lr
     optimizer = torch.optim.Adam([weights], lr, eps=1e-5, fused=True, capturable=gpu)
     generator = torch.Generator(device).manual_seed(seed)
     so_far = torch.zeros(stepper.env.num_envs, dtype=torch.float64, device=device)
-    parts = policy, weights, optimizer, stepper, generator, so_far, deque(maxlen=100)
-    return Learner(*parts, backend, extra=config.prepare(policy))
+    latest, extra = deque(maxlen=100), config.prepare(policy)
+    parts = policy, weights, optimizer, stepper, generator, so_far, latest, extra
+    return Learner(*parts) if backend == "eager" else FastLearner(*parts, backend)
 
 # %% ../nbs/34_runner.ipynb #2c363f6e
 class Diverged(ArithmeticError):
@@ -264,8 +244,8 @@ def _advance(run: Run, learner: Learner, algorithm: Algorithm) -> None:
     run.log.append(row)
 
 # %% ../nbs/34_runner.ipynb #b9664fb3
-def _claim_folder(run: Run, out: Path) -> None:
-    "Write down what is asked, where no other run has its files."
+def _claim_folder(run: Run, out: Path) -> Path:
+    "The folder, with what is asked in it, where no other run has its files."
     if (out / "run.json").exists():
         hint = "resume it, or choose another folder"
         raise ValueError(f"{out} holds a run already: {hint}")
@@ -274,12 +254,12 @@ def _claim_folder(run: Run, out: Path) -> None:
     env, config = run.env if isinstance(run.env, str) else None, asdict(run.config)
     asked = {n: getattr(run, n) for n in names} | {"env": env, "config": config}
     (out / "run.json").write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    return out
 
 # %% ../nbs/34_runner.ipynb #985ec296
 def _capture(learner: Learner) -> dict:
     "Everything the next number depends on."
-    prepared = "stepper", "backend", "ready"
-    names = [f.name for f in fields(learner) if f.name not in prepared]
+    names = [f.name for f in fields(Learner) if f.name != "stepper"]
     state = {name: capture(getattr(learner, name)) for name in names}
     try:
         return state | {"stepper": capture(learner.stepper)}
@@ -320,17 +300,10 @@ def _explained(run: Run, out: Path | None) -> Iterator[None]:
 # %% ../nbs/34_runner.ipynb #1560b8b5
 def _bar_text(row: dict[str, float]) -> dict[str, str]:
     "What the progress bar says of the latest row."
-    kl = row.get("approx_kl", row.get("kl"))
-    returns = "return", "mean_return"
-    text = {name: f"{row[name]:.0f}" for name in returns if name in row}
-    return text if kl is None else text | {"kl": f"{kl:.4f}"}
+    digits = {"return": 0, "mean_return": 0, "approx_kl": 4, "kl": 4}
+    return {name: f"{row[name]:.{n}f}" for name, n in digits.items() if name in row}
 
 # %% ../nbs/34_runner.ipynb #27e3eb74
-def _with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    "JSON has no tuples; a frozen configuration has no lists."
-    return {k: tuple(x) if isinstance(x, list) else x for k, x in settings.items()}
-
-
 def _close(run: Run, learner: Learner) -> None:
     "Close the environments, unless they were given."
     if learner.stepper.env is not run.env:
@@ -383,13 +356,10 @@ def start_run(
     environment's spaces, if an observation or a reward is not finite, if the device is
     not there or `out` holds a run; `Diverged` if the weights are not finite.
     """
-    config = _checked_config(algorithm, name, env, config)
-    device = find_device(device)
+    config, device = _checked(name, algorithm, env, config), find_device(device)
     learner = new_learner(env, seed, config, device, backend)
     run = Run(name, env, seed, str(device), backend, config, learner.policy)
-    if out is not None:
-        out = Path(out)
-        _claim_folder(run, out)
+    out = None if out is None else _claim_folder(run, Path(out))
     return _continue(run, learner, algorithm, out, progress, report)
 
 # %% ../nbs/34_runner.ipynb #aac6a690
@@ -404,7 +374,8 @@ def _open_run(
         asked = json.loads((out / "run.json").read_text(encoding="utf-8"))
         env = asked["env"] if env is None else env
         kind = algorithms[asked["algorithm"]].config
-        config = kind(**_with_tuples(asked["config"]))
+        pairs = asked["config"].items()  # JSON has no tuples, a Config no lists
+        config = kind(**{k: tuple(x) if isinstance(x, list) else x for k, x in pairs})
         found = find_device(asked["device"] if device is None else device)
     except FileNotFoundError:
         raise ValueError(f"{out} holds no run: there is no run.json") from None
@@ -441,8 +412,8 @@ def resume_run(
     run, learner, state = _open_run(Path(out), algorithms, env, None)
     if state is not None:
         _restore(run, learner, state["learner"])
-    algorithm = algorithms[run.algorithm]
-    return _continue(run, learner, algorithm, Path(out), progress, report)
+    how = algorithms[run.algorithm], Path(out), progress, report
+    return _continue(run, learner, *how)
 
 # %% ../nbs/34_runner.ipynb #bc3c9042
 def read_run(
@@ -488,11 +459,42 @@ BACKENDS: dict[str, Callable] = {
     "recorded": Recorded,
 }
 
+# %% ../nbs/34_runner.ipynb #ff8acbff
+@dataclass
+class FastLearner(Learner):
+    "A learner whose functions are prepared by a backend, once for every shape."
+
+    backend: str  # a key of `BACKENDS`
+    ready: dict[tuple, Callable] = field(default_factory=dict)  # what is prepared
+
+    def run(self, name: str, function: Callable, **inputs: Tensor | float) -> dict:
+        "`function(**inputs)` as prepared; numbers become tensors for it."
+        place = self.weights.device
+        tensors = {k: torch.as_tensor(x, device=place) for k, x in inputs.items()}
+        key = name, *(x.shape for x in tensors.values())
+        if key not in self.ready:
+            generators = [self.generator, getattr(self.stepper.env, "generator", None)]
+            self.ready[key] = BACKENDS[self.backend](function, generators)
+        return self.ready[key](**tensors)
+
+    def collect(self, steps: int) -> Rollout:
+        "`steps` steps in every environment; one graph where the backend records."
+        if self.backend != "recorded":
+            return super().collect(steps)
+
+        def walk(obs: Float[Tensor, "N D"]) -> dict[str, Tensor]:
+            self.stepper.obs = obs
+            rollout = collect(self.policy, self.stepper, steps, self.generator)
+            return vars(rollout) | {"following": self.stepper.obs}
+
+        columns = self.run("collect", walk, obs=self.stepper.obs)
+        self.stepper.obs = columns.pop("following")
+        return Rollout(**columns)
+
 # %% ../nbs/34_runner.ipynb #ecad7e25
 def _check_backend(backend: str, device: torch.device, stepper: Stepper) -> None:
     "Refuse a backend that there is not, or not here."
     check_known(BACKENDS, backend=backend)
     here = device.type == "cuda" and isinstance(stepper, TensorStepper)
     if backend == "recorded" and not here:
-        need = "environments made of tensors on a GPU, such as po_book/CartPole-v1"
-        raise ValueError(f"backend recorded needs {need}")
+        raise ValueError("backend recorded needs environments made of tensors on a GPU")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.functional import mse_loss
 
-from .advantage import normalize
+from .advantage import normalize, td_target
 from .checks import check_at_least, check_in, check_known, check_positive
 from .natural_gradient import trpo_step
 from .off_policy import deterministic_policy_loss
@@ -37,7 +37,7 @@ from po_book.rollout import (
 from po_book.runner import (
     Algorithm, Config, Learner, Run, read_run, resume_run, start_run
 )
-from .value_based import Replay, q_loss, soft_update, td_target
+from .value_based import Replay, q_loss, soft_update
 
 # %% ../nbs/35_train.ipynb #0948f33f
 @dataclass(frozen=True)
@@ -207,23 +207,14 @@ def ppo_iteration(
     "Collect a rollout and improve the clipped objective on it for a few epochs."
     policy, pace = learner.policy, config.pace(remaining)
 
-    def improve(
-        clip: float, obs: Tensor, actions: Tensor, advantages: Tensor, **old: Tensor
-    ) -> dict[str, Tensor]:
+    def improve(clip, obs, actions, logp, advantages, returns) -> dict[str, Tensor]:
+        "One gradient step on a minibatch; `logp` is of the policy that sampled it."
         if config.normalize_advantages:
             advantages = normalize(advantages)
-        logp, entropy = policy.evaluate(obs, actions)
-        loss, metrics = ppo_loss(
-            logp,
-            old["logp"],
-            advantages,
-            entropy,
-            policy.value(obs),
-            old["returns"],
-            clip_low=clip,
-            value_coef=config.value_coef,
-            entropy_coef=config.entropy_coef,
-        )
+        now, entropy = policy.evaluate(obs, actions)
+        data = now, logp, advantages, entropy, policy.value(obs), returns
+        coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
+        loss, metrics = ppo_loss(*data, clip_low=clip, **coefs)
         learner.step(loss, config.max_grad_norm)
         return metrics
 

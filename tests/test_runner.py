@@ -1,7 +1,7 @@
 "The loop, with each of the six methods as the one that it is given."
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import gymnasium as gym
 import numpy as np
@@ -11,10 +11,20 @@ from test_train import SMALL, Bandit, quick, vector
 
 import po_book.runner
 from po_book.advantage import normalize
+from po_book.checkpoint import load_checkpoint, save_checkpoint
 from po_book.policies import make_policy
 from po_book.ppo import ppo_loss
-from po_book.runner import Diverged, find_device, flatten_parameters
-from po_book.train import PPOConfig
+from po_book.runner import (
+    Algorithm,
+    Config,
+    Diverged,
+    find_device,
+    flatten_parameters,
+    read_run,
+    resume_run,
+    start_run,
+)
+from po_book.train import ALGORITHMS, PPOConfig
 
 
 @pytest.mark.parametrize("algorithm", SMALL)
@@ -191,3 +201,81 @@ def test_backends_learn_the_same_on_a_gpu(backend):
     assert [row["return"] for row in eager.log[:2]] == [row["return"] for row in other.log[:2]]
     for a, b in zip(eager.policy.parameters(), other.policy.parameters()):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+
+
+@dataclass(frozen=True)
+class CountConfig(Config):
+    "Settings of a method that learns nothing and remembers how often it was asked."
+
+    n_envs: int = 2
+
+    def prepare(self, policy):
+        return {"asked": torch.zeros(()), "draws": []}
+
+
+def count(learner, config, remaining):
+    learner.extra["asked"] += 1
+    learner.extra["draws"].append(float(torch.rand((), generator=learner.generator)))
+    return learner.collect(16), {"asked": learner.extra["asked"].clone(), "draw": learner.extra["draws"][-1]}
+
+
+METHODS = {"count": Algorithm(CountConfig, count)}
+
+
+def test_the_loop_knows_no_method_and_keeps_what_a_method_keeps(tmp_path):
+    config = CountConfig(total_steps=300, checkpoint_every=100)
+    asked = "count", METHODS["count"], "CartPole-v1", config
+
+    def stop(row):
+        if row["steps"] >= 200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start_run(*asked, out=tmp_path, progress=False, report=stop)
+    kept = read_run(tmp_path, METHODS)
+    assert 100 <= kept.steps < 300
+    runs = resume_run(tmp_path, METHODS, progress=False), start_run(*asked, progress=False)
+    a, b = ([(row["asked"], row["draw"]) for row in run.log] for run in runs)
+    assert a == b and [n for n, _ in a] == list(range(1, len(a) + 1))
+
+
+def test_a_subclass_of_a_configuration_brings_its_own_policy():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.actor, self.critic = torch.nn.Linear(4, 2), torch.nn.Linear(4, 1)
+
+        def act(self, obs, generator=None):
+            return torch.multinomial(self.actor(obs).softmax(-1), 1, generator=generator)[:, 0]
+
+        def evaluate(self, obs, actions):
+            logp = self.actor(obs).log_softmax(-1)
+            return logp.gather(-1, actions[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+        def value(self, obs):
+            return self.critic(obs)[..., 0]
+
+    class PlainConfig(PPOConfig):
+        def make_policy(self, env, generator):
+            return Plain()
+
+    run = quick("ppo", config=PlainConfig(total_steps=300, n_envs=4))
+    assert isinstance(run.policy, Plain) and run.steps >= 300
+
+
+def test_a_policy_that_cannot_act_is_refused():
+    class NoConfig(PPOConfig):
+        def make_policy(self, env, generator):
+            return torch.nn.Linear(4, 2)
+
+    with pytest.raises(ValueError, match="policy must be a module with act.obs, generator., got Linear"):
+        quick("ppo", config=NoConfig())
+
+
+def test_a_checkpoint_without_what_methods_keep_is_refused(tmp_path):
+    quick("ppo", out=tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    del state["learner"]["extra"]
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(ValueError, match="another version of po_book"):
+        resume_run(tmp_path, ALGORITHMS, progress=False)

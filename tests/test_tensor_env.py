@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -5,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from po_book.policies import make_policy
-from po_book.rollout import collect, collect_episodes, evaluate, make_stepper
+from po_book.rollout import Stepper, collect, collect_episodes, evaluate, make_stepper
 from po_book.tensor_env import CartPole, TensorStepper, cartpole_motion
 
 
@@ -268,3 +271,19 @@ def test_a_recorded_step_is_an_eager_step():
         graph.replay()
         torch.testing.assert_close(obs, eager.step(actions)[0], rtol=0, atol=1e-6)
     assert not torch.equal(obs, before)
+
+
+class Walk(CartPole):
+    "Another environment of tensors, that no table knows."
+
+
+def test_an_environment_that_brings_a_stepper_is_stepped_by_it_and_a_wrapper_is_not():
+    assert isinstance(make_stepper(Walk(3), 3, seed=0), TensorStepper)
+    wrapped = gym.wrappers.vector.RecordEpisodeStatistics(gym.make_vec("CartPole-v1", num_envs=3))
+    assert type(make_stepper(wrapped, 3, seed=0)) is Stepper
+    assert not hasattr(gym.vector.VectorWrapper(Walk(3)), "stepper")
+
+
+def test_importing_rollouts_imports_no_tensor_environment():
+    code = "import sys, po_book.rollout; sys.exit('po_book.tensor_env' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
