@@ -42,6 +42,9 @@ def _first_name(function: ast.expr) -> str:
 
 
 def _is_import(statement: ast.stmt) -> bool:
+    "An import, or imports for type checkers only."
+    if isinstance(statement, ast.If) and _last_name(statement.test) == "TYPE_CHECKING":
+        return all(map(_is_import, statement.body))
     return isinstance(statement, ast.Import | ast.ImportFrom)
 
 

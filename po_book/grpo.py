@@ -105,9 +105,6 @@ def per_token(
     want, got = f"[N] or [N, L] with logp {list(logp.shape)}", list(advantages.shape)
     raise ValueError(f"advantages must be {want}, got {got}")
 
-# %% ../nbs/46_grpo.ipynb #d308a48e
-_per_token = per_token
-
 # %% ../nbs/46_grpo.ipynb #d0869e6f
 def grpo_objective(
     logp: Float[Tensor, "N L"],      # $\log\pi_\theta(o_{i,t}\mid q,o_{i,<t})$
@@ -126,7 +123,8 @@ def grpo_objective(
     Source: Shao et al. 2024, equation 3.
     """
     check_at_least(0, beta=beta)
-    require(not beta or logp_ref is not None, "logp_ref", f"given with beta {beta}", None)
+    known = not beta or logp_ref is not None
+    require(known, "logp_ref", f"given with beta {beta}", None)
     advantages = per_token(advantages, logp)
     surrogate = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)
     return surrogate - beta * kl_estimate(logp, logp_ref, "k3") if beta else surrogate

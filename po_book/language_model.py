@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ALPHABET = "0123456789+-*=,:"  # what the tasks of this chapter are written in
 
 # %% ../nbs/40_language_model.ipynb #8291d281
+#| code-fold: true
 def char_tokenizer(
     alphabet: str = ALPHABET,  # the characters it knows
 ) -> "PreTrainedTokenizerFast":
@@ -125,6 +126,7 @@ def pack(
     return Sequences(ids.to(device), real.to(device), mask.to(device))
 
 # %% ../nbs/40_language_model.ipynb #c8af61d9
+#| code-fold: true
 def encode(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[str] | list[list[int]],  # texts, or tokens, which stay as they are
@@ -169,6 +171,7 @@ def log_distribution(
     return logp.log_softmax(-1)
 
 # %% ../nbs/40_language_model.ipynb #faa5c58b
+#| code-fold: true
 def check_sampling(
     temperature: float,  # as in `log_distribution`
     top_k: int | None,
@@ -296,6 +299,7 @@ def token_logprobs(
     return logp.new_zeros(ids.shape).masked_scatter(mask, logp)
 
 # %% ../nbs/40_language_model.ipynb #bda896aa
+#| code-fold: true
 def shared_columns(
     ids: Int[Tensor, "N L"],
     mask: Bool[Tensor, "N L"],  # true at the tokens to score
@@ -386,6 +390,7 @@ class ValueModel(nn.Module):
         return self.head(states.float()).squeeze(-1)
 
 # %% ../nbs/40_language_model.ipynb #de9e6061
+#| code-fold: true
 def pad_token_id(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> int:
@@ -400,6 +405,7 @@ def pad_token_id(
     return tokenizer.pad_token_id
 
 # %% ../nbs/40_language_model.ipynb #0cd34126
+#| code-fold: true
 def load_lm(
     name_or_path: str | Path,  # a folder with a saved model, or a name on the hub
     device: torch.device | str = "cpu",
@@ -440,6 +446,7 @@ def _check_logits(model: "PreTrainedModel") -> None:
         raise ValueError(f"model {name} makes its logits in a way not known here")
 
 # %% ../nbs/40_language_model.ipynb #c8134e9e
+#| code-fold: true
 def check_fit(
     model: "PreTrainedModel",
     rows: list[list[int]],  # tokens of each prompt

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .checks import check_finite, check_in, check_result, check_shape, check_steps
+from .checks import check_finite, check_in, check_result
+from .checks import check_shape, check_steps
 from .mdp import TabularMDP, Trajectories, sample_trajectories
 
 # %% ../nbs/13_policy_gradient.ipynb #35784404

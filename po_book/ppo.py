@@ -26,9 +26,6 @@ from po_book.checks import (
 # %% ../nbs/22_ppo.ipynb #3102b9b1
 MAX_LOG_RATIO = 20.0  # $e^{20}$ leaves 30 orders of magnitude to float32's largest
 
-# %% ../nbs/22_ppo.ipynb #7a000010
-_keep = keep  # a name that one module still knows
-
 # %% ../nbs/22_ppo.ipynb #9b0ab1df
 def _log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
     "Log of {eq}`eq-ppo-ratio`, cut so that its exponential is finite."

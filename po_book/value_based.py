@@ -40,9 +40,6 @@ def epsilon_greedy(
     best = q.argmax(-1, keepdim=True)
     return torch.full_like(q, rest).scatter_(-1, best, 1 - epsilon + rest)
 
-# %% ../nbs/15_value_based.ipynb #772f5cc2
-_like = check_like
-
 # %% ../nbs/15_value_based.ipynb #05a499f0
 def next_values(
     rule: str,                  # "sarsa", "expected_sarsa" or "q_learning"

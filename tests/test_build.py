@@ -35,9 +35,6 @@ def build(folder, pages: dict[str, str]) -> subprocess.CompletedProcess:
         shutil.copytree(ROOT / name, folder / name)
     for name in "_config.yml", "settings.ini", "references.bib", "requirements-dev.txt":
         shutil.copy(ROOT / name, folder)
-    config = folder / "_config.yml"
-    strict = config.read_text().replace("figures_need_texts: false", "figures_need_texts: true")
-    config.write_text(strict)
     (folder / "nbs").mkdir()
     for name, text in pages.items():
         (folder / "nbs" / name).write_text(text, encoding="utf-8")

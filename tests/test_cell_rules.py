@@ -8,6 +8,8 @@ PLOT = "fig, axes = plt.subplots(1, 2)\naxes[0].plot(x)"
     "code, what",
     [
         ("import torch\n\nfrom po_book.verify import holds", "the imports"),
+        ("import torch\nif TYPE_CHECKING:\n    from a import B", "the imports"),
+        ("import torch\nif FAST:\n    from a import B", None),
         ("import torch\ntorch.set_default_dtype(torch.float64)\nbook_style()", "the set-up"),
         ("import torch\nSEED = 3\nrng = np.random.default_rng(SEED)", "the set-up"),
         ("torch.manual_seed(0)", "the set-up"),

@@ -220,6 +220,17 @@ def test_preferences_for_a_digit_are_learnt_and_generalise(model):
     assert seven > three
 
 
+def test_a_fit_leaves_the_language_model_alone_unless_its_trunk_is_shared():
+    tokenizer = char_tokenizer()
+    for shared in (False, True):
+        lm = tiny_lm(tokenizer, width=16, layers=1, heads=2)
+        before = [p.clone() for p in lm.base_model.parameters()]
+        model = RewardModel(lm, tokenizer, share_trunk=shared)
+        fit_reward_model(model, ["1+1="] * 4, ["2"] * 4, ["3"] * 4, 2)
+        same = [torch.equal(p, q) for p, q in zip(lm.base_model.parameters(), before)]
+        assert not all(same) if shared else all(same)
+
+
 def test_a_seed_repeats_a_fit():
     def fit():
         tokenizer = char_tokenizer()

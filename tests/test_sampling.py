@@ -9,7 +9,7 @@ from po_book.language_model import (
     pack,
     tiny_lm,
 )
-from po_book.sampling import join, sample
+from po_book.sampling import branch_out, join, sample
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +174,10 @@ def test_weights_with_nan_are_noticed(tokenizer):
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(ValueError, match="logits that are not finite"):
         sample(model, tokenizer, PROMPTS, 1, 4)
+
+
+def test_equal_branches_with_equal_tokens_are_one_branch():
+    branch, tokens = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([3, 3, 3, 2, 3])
+    parents, firsts, new = branch_out(branch, tokens, 5)
+    assert parents.tolist() == [0, 1, 1] and firsts.tolist() == [3, 2, 3]
+    assert torch.equal(parents[new], branch) and torch.equal(firsts[new], tokens)

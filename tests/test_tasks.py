@@ -1,10 +1,20 @@
-from itertools import chain
+import math
+from itertools import chain, combinations
 
 import pytest
+import torch
 from tiny_models import PROMPTS, SMALL, generator
 
 from po_book.language_model import char_tokenizer, tiny_lm
-from po_book.tasks import ChainAddition, Countdown, is_held_out, sft, success_rate
+from po_book.tasks import (
+    ChainAddition,
+    Countdown,
+    is_held_out,
+    minimise,
+    pass_at_k,
+    sft,
+    success_rate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +95,50 @@ def test_impossible_tasks_are_refused():
         ChainAddition(5, 3)
     with pytest.raises(ValueError, match="too few"):
         Few().prompts(1, held_out=not is_held_out("1+1="))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 5])
+def test_pass_at_k_is_the_mean_over_all_sets_of_k(k):
+    right = torch.rand(6, 5, generator=generator()) < 0.3
+    solved = [right[:, list(some)].any(1).double().mean() for some in combinations(range(5), k)]
+    assert pass_at_k(right, k) == pytest.approx(torch.stack(solved).mean().item(), abs=1e-12)
+
+
+def test_pass_at_k_refuses_what_it_cannot_answer():
+    right = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"k must be in \[1, 3\], got 4"):
+        pass_at_k(right, 4)
+    with pytest.raises(ValueError, match="right must be a bool tensor"):
+        pass_at_k(right.float(), 1)
+    with pytest.raises(ValueError, match=r"right must have shape \(P, N\)"):
+        pass_at_k(right[0], 1)
+
+
+def test_one_loop_takes_the_steps_of_adamw():
+    data, asked = torch.randn(7, 3, generator=generator()), []
+    weights = torch.nn.Parameter(torch.ones(3))
+
+    def loss(rows):
+        asked.append(rows)
+        return (data[rows] @ weights).square().mean()
+
+    losses = minimise(loss, [weights], 7, 4, 5, 0.1, anneal=True, generator=generator(1))
+    other = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([other], 0.1)
+    for step, (rows, value) in enumerate(zip(asked, losses, strict=True)):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 4)
+        expected = (data[rows] @ other).square().mean()
+        assert value == pytest.approx(expected.item())
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+    assert torch.equal(weights, other) and len({tuple(x.tolist()) for x in asked}) > 1
+
+
+def test_gradients_are_cut_to_the_longest_allowed():
+    norms = []
+    for longest in (math.inf, 0.5):
+        weights = torch.nn.Parameter(torch.full((3,), 10.0))
+        minimise(lambda rows: weights.square().sum(), [weights], 1, 1, 1, 0.1, max_grad_norm=longest)
+        norms.append(weights.grad.norm().item())
+    assert norms[0] > 30 and norms[1] == pytest.approx(0.5, abs=1e-5)
