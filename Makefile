@@ -22,7 +22,7 @@ serve: book
 # The tests look at the built book.
 test: book
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # torch asks for the accelerator packages of its own build, where it has one.
 lock: $(INSTALLED)
