@@ -63,6 +63,15 @@ def test_no_directive_leaks(site, name):
     assert "google.colab" not in text
 
 
+@pytest.mark.parametrize("name", [p for p in toc_pages() if p != "sources"])
+def test_no_id_of_a_source_shows(site, name):
+    "Ids stand in `source=` and in comments; the page of the sources explains them."
+    prose = "".join(page(site / f"{name}.html").text)
+    # Folded code may carry them as arguments; a docstring shows the form of one.
+    shown = re.sub(r"source=\"[^\"]*\"|for example \"S\d\.\d+\"", "", prose)
+    assert not re.findall(r"\bS\d\.\d+\w?|\bsystem \d+", shown)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_loaded_from_elsewhere(site, name):
     for url in page(site / f"{name}.html").loaded:
