@@ -106,6 +106,7 @@ def load_checkpoint(
             raise ValueError(f"{path} holds more than plain data: {error}") from error
 
 # %% ../nbs/33_checkpoint.ipynb #0f0fd446
+#| code-fold: true
 def write_table(
     path: str | Path,               # the CSV file; its folder must be there
     rows: list[dict[str, object]],  # a row may lack columns that others have

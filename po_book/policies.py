@@ -257,6 +257,7 @@ class Policy(Protocol):
         "Explore, or (`eval`) do not."
 
 # %% ../nbs/30_policies.ipynb #6357f6d7
+#| code-fold: true
 def observation_size(env: VectorEnv) -> int:
     """Entries of a flattened observation.
 
@@ -287,6 +288,7 @@ def make_policy(
     raise ValueError(f"action space must be Discrete or a Box, got {space}")
 
 # %% ../nbs/30_policies.ipynb #a99d9c6c
+#| code-fold: true
 def make_q_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -302,6 +304,7 @@ def make_q_policy(
     return QPolicy(obs_dim, int(space.n), hidden, generator)
 
 # %% ../nbs/30_policies.ipynb #7b19ccb4
+#| code-fold: true
 def make_deterministic_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),

@@ -170,6 +170,7 @@ TENSOR_ENVS: dict[str, str] = {"po_book/CartPole-v1": "po_book.tensor_env:CartPo
 Env = str | Callable[[], gym.Env] | VectorEnv
 
 # %% ../nbs/31_rollout.ipynb #ca1d4ba4
+#| code-fold: true
 def make_vector_env(
     env: Env,  # an id, a function that makes one environment, or a vector of them
     num_envs: int,                       # ignored if `env` is a vector already
@@ -192,6 +193,7 @@ def make_vector_env(
     raise ValueError(f"env must be {kinds}, got {type(env).__name__}")
 
 # %% ../nbs/31_rollout.ipynb #2e0c063b
+#| code-fold: true
 def make_stepper(
     env: Env,  # as in `make_vector_env`
     num_envs: int,

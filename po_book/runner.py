@@ -122,12 +122,8 @@ class Learner:
             else:
                 group["lr"] = lr
 
-    def step(
-        self,
-        loss: Float[Tensor, ""],
-        max_grad_norm: float = inf,  # a longer gradient is scaled down to it
-    ) -> None:
-        "One gradient step that makes `loss` smaller."
+    def step(self, loss: Float[Tensor, ""], max_grad_norm: float = inf) -> None:
+        "One step that makes `loss` smaller; a longer gradient is scaled to the norm."
         self.weights.grad.zero_()
         loss.backward()
         nn.utils.clip_grad_norm_([self.weights], max_grad_norm)
@@ -167,6 +163,7 @@ def _checked(name: str, algorithm: Algorithm, env: Env, config: Config) -> Confi
     return replace(config, n_envs=env.num_envs)
 
 # %% ../nbs/34_runner.ipynb #028043a5
+#| code-fold: true
 def find_device(name: torch.device | str) -> torch.device:
     """The device of that name; `auto` is a GPU if there is one.
 
@@ -393,6 +390,7 @@ def _open_run(
     return run, learner, state
 
 # %% ../nbs/34_runner.ipynb #a78d5bed
+#| code-fold: true
 def resume_run(
     out: Path | str,                      # folder that `start_run` was given
     algorithms: Mapping[str, Algorithm],  # among them the one that is asked for there
@@ -412,10 +410,11 @@ def resume_run(
     run, learner, state = _open_run(Path(out), algorithms, env, None)
     if state is not None:
         _restore(run, learner, state["learner"])
-    how = algorithms[run.algorithm], Path(out), progress, report
-    return _continue(run, learner, *how)
+    algorithm = algorithms[run.algorithm]
+    return _continue(run, learner, algorithm, Path(out), progress, report)
 
 # %% ../nbs/34_runner.ipynb #bc3c9042
+#| code-fold: true
 def read_run(
     out: Path | str,                      # folder that `start_run` was given
     algorithms: Mapping[str, Algorithm],  # among them the one that is asked for there
@@ -460,6 +459,7 @@ BACKENDS: dict[str, Callable] = {
 }
 
 # %% ../nbs/34_runner.ipynb #ff8acbff
+#| code-fold: true
 @dataclass
 class FastLearner(Learner):
     "A learner whose functions are prepared by a backend, once for every shape."

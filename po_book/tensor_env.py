@@ -121,6 +121,7 @@ class TensorStepper(Stepper):
         return info["final_obs"], rewards, terminated, truncated, self.valid
 
 # %% ../nbs/32_tensor_env.ipynb #e7a85341
+#| code-fold: true
 class Recorded:
     """A function of tensors, replayed as one CUDA graph from its second call on.
 

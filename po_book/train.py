@@ -63,6 +63,7 @@ def reinforce_iteration(
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
 # %% ../nbs/35_train.ipynb #2a1c73c1
+#| code-fold: true
 @dataclass(frozen=True)
 class CriticConfig(Config):
     "Settings that methods with a critic share."
@@ -89,6 +90,7 @@ class CriticConfig(Config):
         return remaining if self.anneal else 1.0
 
 # %% ../nbs/35_train.ipynb #870a604c
+#| code-fold: true
 @dataclass(frozen=True)
 class A2CConfig(CriticConfig):
     "Settings of A2C."
@@ -123,6 +125,7 @@ def a2c_iteration(
     return rollout, {name: x.detach() for name, x in terms.items()}
 
 # %% ../nbs/35_train.ipynb #5b508e74
+#| code-fold: true
 @dataclass(frozen=True)
 class EpochsConfig(CriticConfig):
     "Settings that methods with epochs share."
@@ -140,6 +143,7 @@ def _means(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
 
 # %% ../nbs/35_train.ipynb #44fc291d
+#| code-fold: true
 @dataclass(frozen=True)
 class TRPOConfig(EpochsConfig):
     "Settings of TRPO; `lr`, `epochs` and `minibatch` are the critic's."
@@ -185,6 +189,7 @@ def trpo_iteration(
     return rollout, metrics | {"value_loss": error.detach()}
 
 # %% ../nbs/35_train.ipynb #d993d480
+#| code-fold: true
 @dataclass(frozen=True)
 class PPOConfig(EpochsConfig):
     "Settings of PPO."
@@ -229,6 +234,7 @@ def ppo_iteration(
     return rollout, _means(history)
 
 # %% ../nbs/35_train.ipynb #eab8ec53
+#| code-fold: true
 @dataclass(frozen=True)
 class MemoryConfig(Config):
     "Settings that methods with a memory share."
@@ -279,6 +285,7 @@ def _learn_from_memory(
     return rollout, _means(history)
 
 # %% ../nbs/35_train.ipynb #65b854c7
+#| code-fold: true
 @dataclass(frozen=True)
 class DQNConfig(MemoryConfig):
     "Settings of DQN."
@@ -329,6 +336,7 @@ def dqn_iteration(
     return _learn_from_memory(learner, config, dqn_loss)
 
 # %% ../nbs/35_train.ipynb #1e7fa034
+#| code-fold: true
 @dataclass(frozen=True)
 class DDPGConfig(MemoryConfig):
     "Settings of DDPG."
@@ -396,6 +404,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 # %% ../nbs/35_train.ipynb #c0deece5
+#| code-fold: true
 PRESETS: dict[tuple[str, str], dict] = {
     ("ppo", "Acrobot-v1"): dict(total_steps=100_000),
     # All episodes last 200 steps side by side: a shorter rollout has seen one phase.
@@ -454,6 +463,7 @@ def train(
     return start_run(algorithm, ALGORITHMS[algorithm], env, config, **how, **shown)
 
 # %% ../nbs/35_train.ipynb #8d38b7ea
+#| code-fold: true
 def resume(
     out: Path | str,         # folder that `train` was given
     *,
@@ -472,6 +482,7 @@ def resume(
     return resume_run(out, ALGORITHMS, env=env, progress=progress, report=report)
 
 # %% ../nbs/35_train.ipynb #fcd98d1f
+#| code-fold: true
 def load_run(
     out: Path | str,         # folder that `train` was given
     *,
