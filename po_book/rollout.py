@@ -106,6 +106,7 @@ class Stepper:
         _check_finite("observation", obs)
         self.obs = _to_tensor(obs, self.device)
         self.restarting = np.zeros(self.env.num_envs, dtype=bool)
+
     def step(self, actions: Tensor) -> tuple[Tensor, *tuple[np.ndarray, ...]]:
         "Next observations, rewards, terminated, truncated and valid, of all N."
         valid = ~self.restarting
