@@ -4,7 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from tiny_models import MODELS, SMALL, save_tiny
+
+from po_book.language_model import char_tokenizer, tiny_lm
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "_build" / "html"
@@ -31,3 +35,31 @@ def chromium() -> str:
     if found is None and os.environ.get("CI"):
         pytest.fail(f"CI needs a browser, one of {names}")
     return found or pytest.skip(f"no browser: none of {names} is installed")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return char_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer):
+    "A tiny language model."
+    return tiny_lm(tokenizer, **SMALL)
+
+
+@pytest.fixture(scope="module", params=["llama", *MODELS])
+def saved(request, tmp_path_factory):
+    "Folder of a tiny language model, of each kind in turn."
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny(request.param, folder)
+    return folder
+
+
+@pytest.fixture
+def double():
+    "Numbers are float64, unless a test says otherwise."
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)

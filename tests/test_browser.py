@@ -162,8 +162,8 @@ def test_a_folded_solution_opens(opened):
 
 
 def test_a_folded_proof_opens(opened):
-    tab, _, _ = opened("13_policy_gradient", "light")
-    proof = tab.locator("details", has_text="Proof").first
+    tab, _, _ = opened("15_value_based", "light")
+    proof = tab.locator("details.sd-dropdown", has=tab.locator("summary", has_text="Proof")).first
     expect(proof.locator("p").last).to_be_hidden()
     proof.locator("summary").click()
     expect(proof.locator("p").last).to_be_visible()

@@ -38,7 +38,7 @@ def build(folder, pages: dict[str, str]) -> subprocess.CompletedProcess:
     (folder / "nbs").mkdir()
     for name, text in pages.items():
         (folder / "nbs" / name).write_text(text, encoding="utf-8")
-    names = [Path(name) for name in pages if name != "index.md"]
+    names = [Path(name) for name in pages if Path(name).stem != "index"]
     chapters = [name.stem for name in names if name.suffix != ".svg"] or ["chapter"]
     files = "".join(f"  - file: {name}\n" for name in chapters)
     (folder / "_toc.yml").write_text(f"format: jb-book\nroot: index\nchapters:\n{files}")

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import MODELS, PROMPTS, SMALL, generator, save_tiny, scored
+from tiny_models import PROMPTS, SMALL, generator, scored
 from transformers import LlamaForCausalLM
 
 from po_book.language_model import (
@@ -18,23 +18,6 @@ from po_book.language_model import (
     token_logprobs,
 )
 from po_book.sampling import sample
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return char_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def llama(tokenizer):
-    return tiny_lm(tokenizer, **SMALL)
-
-
-@pytest.fixture(scope="module", params=["llama", *MODELS])
-def saved(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    save_tiny(request.param, folder)
-    return folder
 
 
 def test_scores_are_those_of_the_model_itself(saved):

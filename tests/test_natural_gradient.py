@@ -17,14 +17,7 @@ from po_book.natural_gradient import (
 
 NOTHING = {"gain": 0.0, "kl": 0.0, "fraction": 0.0}
 
-
-@pytest.fixture(autouse=True)
-def double():
-    "Every test in float64, unless it says otherwise."
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def close(a, b, atol=1e-12):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import MODELS, PROMPTS, SMALL, generator, save_tiny, scored
+from tiny_models import PROMPTS, SMALL, generator, scored
 
 from po_book.language_model import (
     char_tokenizer,
@@ -10,23 +10,6 @@ from po_book.language_model import (
     tiny_lm,
 )
 from po_book.sampling import branch_out, join, sample
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return char_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def llama(tokenizer):
-    return tiny_lm(tokenizer, **SMALL)
-
-
-@pytest.fixture(scope="module", params=["llama", *MODELS])
-def saved(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    save_tiny(request.param, folder)
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_no_id_of_a_source_shows(site, name):
     "Ids stand in `source=` and in comments; the page of the sources explains them."
     prose = "".join(page(site / f"{name}.html").text)
     # Code names them in strings, which are arguments of a check.
-    shown = re.sub(r"\"S\d\.[^\"]*\"", "", prose)
+    shown = re.sub(r"\"(S\d\.|system )[^\"]*\"", "", prose)
     assert not re.findall(r"\bS\d\.\d+\w?|\bsystem \d+", shown)
 
 
@@ -116,9 +116,10 @@ def test_every_check_has_left_its_badge(site, name):
 
 
 def test_figures_are_vector_graphics(site):
-    "All but the frames of a video, which the command line records."
+    "All but the frames of a video, which two chapters record."
     images = {p.name for p in (site / "_images").iterdir() if p.suffix in (".png", ".svg")}
-    frames = {p for p in images if p in (site / "61_command_line.html").read_text(encoding="utf-8")}
+    pages = [(site / f"{p}.html").read_text(encoding="utf-8") for p in ("60a_runs", "61_command_line")]
+    frames = {p for p in images if any(p in page for page in pages)}
     assert len(images) > 10 and all(p.endswith(".svg") for p in images - frames)
 
 

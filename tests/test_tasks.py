@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import PROMPTS, SMALL, generator
 
-from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.language_model import tiny_lm
 from po_book.tasks import (
     ChainAddition,
     Countdown,
@@ -15,11 +15,6 @@ from po_book.tasks import (
     sft,
     success_rate,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return char_tokenizer()
 
 
 def test_success_is_a_share_of_all_completions(tokenizer):

@@ -30,11 +30,6 @@ SMALL = LMConfig(
 )
 
 
-@pytest.fixture
-def tokenizer():
-    return char_tokenizer()
-
-
 def model(seed=0):
     return tiny_lm(char_tokenizer(), width=32, layers=2, heads=2, context=32, seed=seed)
 

@@ -16,14 +16,7 @@ from po_book.trust_region import (
     trpo_bound,
 )
 
-
-@pytest.fixture(autouse=True)
-def double():
-    "Every test in float64, unless it says otherwise."
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def close(a, b, atol=1e-12):
