@@ -100,7 +100,9 @@ class EquationsInCode(SphinxPostTransform):
 
         for block in self.document.findall(nodes.literal_block):
             if "{eq}`" in (code := block.astext()):
-                block[:] = [nodes.Text(re.sub(r"\{eq\}`([^`]+)`", number, code))]
+                # Sphinx colours only a block whose source is its text.
+                block.rawsource = re.sub(r"\{eq\}`([^`]+)`", number, code)
+                block[:] = [nodes.Text(block.rawsource)]
 
 
 def setup(app: Sphinx) -> dict:

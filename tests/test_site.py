@@ -72,6 +72,11 @@ def test_no_id_of_a_source_shows(site, name):
     assert not re.findall(r"\bS\d\.\d+\w?|\bsystem \d+", shown)
 
 
+@pytest.mark.parametrize("name", toc_pages())
+def test_code_is_coloured(site, name):
+    assert '<pre class="literal-block">' not in (site / f"{name}.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_loaded_from_elsewhere(site, name):
     for url in page(site / f"{name}.html").loaded:
