@@ -1,4 +1,4 @@
-# make book, make test: each sets everything up by itself; Python 3.11 or newer is all they need.
+# make book, make test, make gpu: each sets everything up by itself; Python 3.11 or newer is all they need.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 # The tensors are small: a second thread would mostly wait, and longer on a busy machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: book serve test lock clean
+.PHONY: book serve test gpu lock clean
 
 book: $(INSTALLED)
 	$(BIN)/nbdev_export
@@ -23,6 +23,10 @@ serve: book
 test: book
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Where there is a CUDA card: runs what needs one, and records it into results/.
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 # torch asks for the accelerator packages of its own build, where it has one.
 lock: $(INSTALLED)

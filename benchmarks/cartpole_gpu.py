@@ -1,24 +1,51 @@
 """CartPole on a GPU, from 64 to 65,536 environments: eager, compiled, recorded.
 
-Run: python benchmarks/cartpole_gpu.py [--record] [--device cpu]
+Run: python benchmarks/cartpole_gpu.py [--device cpu] [--small] [--record]
 
-Two tables. Steps a second: transitions over seconds of whole iterations of PPO (rollout,
-advantages, gradient steps), best of a few, after the first ones in which a backend
-prepares itself. Seconds to 475: preparation included, sampled actions, 100 fresh
-episodes, asked after every iteration; evaluations are not counted. `--device cpu` runs the
-eager path alone, on small N, to see that the script works.
+Two tables, kept after every line. Steps a second: transitions over seconds of whole
+iterations of PPO (rollout, advantages, gradient steps), best of a few, after the first
+ones in which a backend prepares itself. Seconds to 475: preparation included, sampled
+actions, 100 fresh episodes, asked after every iteration; evaluations are not counted.
+`--device cpu` has the eager path alone, and `--small` few environments and seeds: to see
+that the script works.
 """
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import torch
-from provenance import record
+from provenance import ROOT, record
 
 from po_book.train import PPOConfig, train
 
 ENV = "po_book/CartPole-v1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    "What is measured, and where it is kept."
+
+    device: str
+    small: bool = False
+    folder: Path | None = None  # none: the tables are only printed
+    deadline: float = inf       # of `perf_counter`; no line is begun after it
+
+    @property
+    def backends(self) -> list[str]:
+        return ["eager"] if self.device == "cpu" else ["recorded", "compiled", "eager"]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [64] if self.small else [64, 256, 1024, 4096, 16_384, 65_536]
+
+    @property
+    def seeds(self) -> int:
+        return 1 if self.small else 10
 
 
 def config(n: int) -> PPOConfig:
@@ -38,33 +65,54 @@ def rate(n: int, device: str, backend: str) -> float:
     return 32 * n / min(spans[4:]) / 1e6
 
 
-def seconds_to_475(n: int, device: str, backend: str, seeds: int = 3) -> str:
-    "Median and range over seeds, and how many got there."
+def solve(n: int, device: str, backend: str, seed: int) -> float | None:
+    "Seconds to 475; None if it is not reached in two hundred iterations."
     wanted = replace(config(n), total_steps=32 * n * 200, eval_every=1, solved_at=475.0)
     asked = dict(device=device, backend=backend, config=wanted, progress=False)
-    rows = [train("ppo", ENV, seed=seed, **asked).log[-1] for seed in range(seeds)]
-    times = sorted(row["seconds"] for row in rows if row["mean_return"] >= 475)
-    if not times:
-        return f"0 of {seeds}"
-    middle = times[len(times) // 2]
-    return f"{middle:.2f} ({times[0]:.2f} to {times[-1]:.2f}), {len(times)} of {seeds}"
+    last = train("ppo", ENV, seed=seed, **asked).log[-1]
+    return last["seconds"] if last["mean_return"] >= 475 else None
 
 
-def main(device: str, recording: bool) -> None:
-    gpu = device != "cpu"
-    backends = ["eager", "compiled", "recorded"] if gpu else ["eager"]
-    sizes = [64, 256, 1024, 4096, 16_384, 65_536] if gpu else [64, 256]
+def rates(plan: Plan) -> Iterator[list[str]]:
+    "A line for every number of environments and backend."
+    for n in plan.sizes:
+        for backend in plan.backends:
+            yield [str(n), backend, f"{rate(n, plan.device, backend):.2f}"]
+
+
+def solutions(plan: Plan) -> Iterator[list[str]]:
+    "A line for every run to 475; numbers of environments and seeds take turns."
+    for backend in plan.backends:
+        for seed in range(plan.seeds):
+            for n in plan.sizes[1:3] or plan.sizes:
+                seconds = solve(n, plan.device, backend, seed)
+                yield [str(n), backend, str(seed), "" if seconds is None else f"{seconds:.2f}"]
+
+
+def keep(plan: Plan, name: str, columns: list[str], lines: Iterator[list[str]]) -> list[list[str]]:
+    "Print and record line by line, until the lines or the time are used up."
     rows = []
-    for n in sizes:
-        for backend in backends:
-            row = [str(n), backend, f"{rate(n, device, backend):.2f}", seconds_to_475(n, device, backend)]
-            print(*row, sep=" | ", flush=True)
-            rows.append(row)
-            torch.cuda.empty_cache()
-    if recording:
-        columns = ["environments", "backend", "million steps/s", "seconds to 475"]
-        record("cartpole_gpu", columns, rows)
+    while perf_counter() < plan.deadline and (row := next(lines, None)):
+        print(*row, sep=" | ", flush=True)
+        rows.append(row)
+        if plan.folder:
+            record(name, columns, rows, plan.folder)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main(plan: Plan) -> None:
+    keep(plan, "cartpole_gpu", ["environments", "backend", "million steps/s"], rates(plan))
+    columns = ["environments", "backend", "seed", "seconds to 475"]
+    times = keep(plan, "cartpole_gpu_solved", columns, solutions(plan))
+    for n, backend in dict.fromkeys((n, backend) for n, backend, *_ in times):
+        runs = [x for *which, _, x in times if which == [n, backend]]
+        solved = sorted(float(x) for x in runs if x)
+        spread = f"{median(solved):.2f} ({solved[0]:.2f} to {solved[-1]:.2f}) s" if solved else ""
+        print(f"{n} {backend}: {len(solved)} of {len(runs)} solved, {spread}")
 
 
 if __name__ == "__main__":
-    main("cpu" if "cpu" in sys.argv[1:] else "cuda", "--record" in sys.argv[1:])
+    words = sys.argv[1:]
+    folder = ROOT / "results" if "--record" in words else None
+    main(Plan("cpu" if "cpu" in words else "cuda", "--small" in words, folder))

@@ -36,9 +36,14 @@ def provenance() -> dict[str, str]:
     }
 
 
-def record(name: str, columns: list[str], rows: Iterable[list], **more: object) -> None:
-    "Write results/NAME.csv, and results/NAME.json with the provenance and `more`."
-    folder = ROOT / "results"
+def record(
+    name: str,
+    columns: list[str],
+    rows: Iterable[list],
+    folder: Path = ROOT / "results",
+    **more: object,
+) -> None:
+    "Write NAME.csv, and NAME.json with the provenance and `more`."
     folder.mkdir(exist_ok=True)
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -15,6 +15,14 @@ SITE = ROOT / "_build" / "html"
 sys.path.insert(0, str(ROOT / "_ext"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Tests marked `cuda` need a card; `benchmarks/gpu.py` runs them where there is one."
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def toc_pages() -> list[str]:
     "Names of all pages that the table of contents lists."
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))

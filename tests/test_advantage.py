@@ -421,7 +421,7 @@ def test_normalize_refuses(arguments, message):
         normalize(*arguments)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_cuda_equals_cpu():
     steps = rollout(513, 33)
     on_device = [x.cuda() for x in steps]

@@ -1,0 +1,134 @@
+"How soon two libraries reach a mean return, in one run, and what a gradient step costs them."
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+import torch._dynamo  # imported by the first optimiser; not a part of either loop
+from provenance import record
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from po_book.runner import Config
+from po_book.train import train
+
+
+class Finish(NamedTuple):
+    "What it took to reach the mean return that was asked."
+
+    seconds: float  # of collecting and learning; evaluations are not counted
+    transitions: int
+    steps: int  # gradient steps
+
+
+@dataclass(frozen=True)
+class Race:
+    "Where it is run, and when it is won."
+
+    env: str
+    bar: float           # mean return of 100 fresh episodes, actions sampled
+    every: int           # transitions between evaluations
+    budget: int          # transitions at most
+    seconds: float = 600.0  # of the peer's collecting and learning at most
+
+    def scored(self) -> dict[str, float]:
+        "The settings that make this library stop at the bar."
+        return dict(eval_every=self.every, solved_at=self.bar)
+
+
+def gradient_steps(iterations: int, epochs: int, rows: int, minibatch: int, natural: bool) -> int:
+    "Of so many iterations, each with so many rows; `natural` adds TRPO's own step."
+    return iterations * (epochs * ceil(rows / minibatch) + natural)
+
+
+def ours(race: Race, algorithm: str, config: Config, seed: int) -> Finish | None:
+    "None if the bar is not reached."
+    run = train(algorithm, race.env, seed=seed, config=config, progress=False)
+    if run.log[-1].get("mean_return", -float("inf")) < race.bar:
+        return None
+    rows = config.n_envs * config.n_steps
+    each = config.epochs, rows, config.minibatch, algorithm == "trpo"
+    return Finish(run.log[-1]["seconds"], run.steps, gradient_steps(len(run.log), *each))
+
+
+class Bar(BaseCallback):
+    "Stops the peer at the bar or out of time, and its clock while it is evaluated."
+
+    def __init__(self, race: Race, seed: int):
+        super().__init__()
+        self.race = race
+        self.fresh = make_vec_env(race.env, n_envs=100, seed=1_000_000 + seed)
+        self.hit, self.next, self.paused, self.late = None, race.every, 0.0, False
+
+    def _on_training_start(self) -> None:
+        self.start = perf_counter()
+
+    def _on_rollout_start(self) -> None:
+        "Called after every update."
+        if self.num_timesteps < self.next:
+            return
+        self.next, pause = self.num_timesteps + self.race.every, perf_counter()
+        seconds = pause - self.start - self.paused
+        self.late = seconds > self.race.seconds
+        mean_return, _ = evaluate_policy(self.model, self.fresh, 100, deterministic=False, warn=False)
+        if mean_return >= self.race.bar:
+            self.hit = seconds, self.num_timesteps
+        self.paused += perf_counter() - pause
+
+    def _on_step(self) -> bool:
+        return self.hit is None and not self.late
+
+
+def theirs(race: Race, make: Callable[[int], BaseAlgorithm], seed: int) -> Finish | None:
+    "The same of the peer that `make` returns."
+    bar, model = Bar(race, seed), make(seed)
+    model.learn(race.budget, callback=bar)
+    if bar.hit is None:
+        return None
+    natural = hasattr(model, "n_critic_updates")
+    epochs = model.n_critic_updates if natural else model.n_epochs
+    rows = model.n_envs * model.n_steps
+    steps = gradient_steps(bar.hit[1] // rows, epochs, rows, model.batch_size, natural)
+    return Finish(*bar.hit, steps)
+
+
+def line(name: str, runs: list[Finish], seeds: int, first: float) -> list[str]:
+    "Medians of those that got there, the range of their seconds, and the ratio to `first`."
+    if not runs:
+        return [name, f"0 of {seeds}", "", "", "", "", ""]
+    seconds, transitions, steps = zip(*runs)
+    spread = f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+    each = median(1000 * s / n for s, n in zip(seconds, steps))
+    numbers = f"{median(transitions):.0f}", f"{median(steps):.0f}", f"{each:.2f}"
+    return [name, f"{len(runs)} of {seeds}", spread, *numbers, f"{median(seconds) / first:.1f}"]
+
+
+def run(
+    title: str,
+    race: Race,
+    candidates: dict[str, Callable[[int], Finish | None]],  # of a seed; the first is ours
+    seeds: int,
+    name: str | None,  # of the record; None: print only
+) -> None:
+    "Let the candidates take turns, seed by seed, and print the table."
+    torch.set_num_threads(1)
+    results = {who: [] for who in candidates}
+    for seed in range(seeds):
+        for who, candidate in candidates.items():
+            results[who].append(candidate(seed))
+            print(who, seed, results[who][-1], flush=True)
+    solved = {who: [x for x in runs if x] for who, runs in results.items()}
+    first = median(x.seconds for x in next(iter(solved.values())))
+    columns = [title, "seeds", f"seconds to {race.bar:g}", "transitions", "gradient steps",
+               "ms a gradient step", "over po_book's"]
+    rows = [line(who, runs, seeds, first) for who, runs in solved.items()]
+    for row in columns, *rows:
+        print("{:30}{:>10}{:>24}{:>14}{:>16}{:>20}{:>16}".format(*row))
+    if name:
+        record(name, columns, rows)
