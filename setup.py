@@ -7,6 +7,11 @@ from setuptools import setup
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
+extras = {
+    key.removesuffix("_requirements"): settings[key].split()
+    for key in settings
+    if key.endswith("_requirements")
+}
 url = f"https://github.com/{settings['user']}/{settings['repo']}"
 
 setup(
@@ -24,5 +29,5 @@ setup(
     python_requires=f">={settings['min_python']}",
     entry_points={"console_scripts": ["po-book = po_book.cli:main"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require=extras,
 )

@@ -48,12 +48,21 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from .checks import check_at_least
+from .checkpoint import lock_folder
+from .checks import check_at_least, check_in
 from .dapo import NoSignal
 from .language_model import ALPHABET, char_tokenizer, load_lm, tiny_lm
 from .objective import PRESETS, Objective
 from .rewards import Reward, compute_rewards, verifier
-from .runs import plot_runs, read_asked, read_log, record_episode, write_events
+from po_book.runs import (
+    log_to,
+    plot_runs,
+    read_asked,
+    read_log,
+    record_episode,
+    wandb_logger,
+    write_events,
+)
 from .runner import Config, Diverged, Run, find_device
 from .sampling import sample
 from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
@@ -97,11 +106,14 @@ def _flags(info: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(kind, tuple(flags))
 
 # %% ../nbs/61_command_line.ipynb #9a08345f
-def _learn(out: Path, start: Callable[..., Run | LMRun]) -> None:
+def _learn(
+    out: Path, start: Callable[..., Run | LMRun], wandb: str | None
+) -> None:
     "Train to the end, and say what came out."
+    report = log_to(write_events(out), wandb_logger(wandb, out) if wandb else None)
     print(f"folder: {out}", flush=True)
     try:
-        start(progress=sys.stderr.isatty(), report=write_events(out))
+        start(progress=sys.stderr.isatty(), report=report)
     except KeyboardInterrupt as stop:
         if (out / "run.json").exists():
             stop.add_note(f"go on with: po-book resume {shlex.quote(str(out))}")
@@ -118,13 +130,17 @@ class Train(Generic[AnyJob]):
 
     job: AnyJob
     out: Path | None = None  # folder of the run; none: runs/ALGORITHM-PLACE-SEED
+    wandb: str | None = None  # project at Weights & Biases that gets the log, too
 
     def __call__(self) -> None:
         default = f"{self.job.algorithm}-{self.job.place}-{self.job.seed}"
         out = self.out or Path("runs", default.replace("/", "-"))
-        _learn(out, partial(self.job.start, out))
+        _learn(out, partial(self.job.start, out), self.wandb)
 
 # %% ../nbs/61_command_line.ipynb #d70b907c
+_SEEDS = "[0, 4294967296)"  # what every generator takes
+
+
 @dataclass(frozen=True)
 class Control:
     "A policy for an environment; each algorithm has its own settings."
@@ -135,6 +151,9 @@ class Control:
     seed: int = 0          # of weights, environments and actions
     device: str = "auto"   # of the policy; auto is a GPU if there is one
     backend: str = "eager"  # or compiled or recorded, for environments on a GPU
+
+    def __post_init__(self):
+        check_in(_SEEDS, seed=self.seed)
 
     @property
     def place(self) -> str:
@@ -244,6 +263,9 @@ class Language:
     seed: int = 0             # of the tiny one, prompts and samples
     device: Literal["auto", "cpu"] = "auto"  # auto is an accelerator if there is one
 
+    def __post_init__(self):
+        check_in(_SEEDS, seed=self.seed)
+
     @property
     def place(self) -> str:
         return Path(self.task).stem
@@ -257,7 +279,8 @@ class Language:
         fit_objective(self.objective, self.config)
         task, _ = self.graded_by()
         if self.model is None:
-            _teach(task, self.sft_steps, self.seed, self.device, out / "start")
+            with lock_folder(out):
+                _teach(task, self.sft_steps, self.seed, self.device, out / "start")
         return self.proceed(out, resume=False, **shown)
 
     def graded_by(self) -> tuple[Task, Reward]:
@@ -336,6 +359,7 @@ class Evaluate:
 
     def __post_init__(self):
         check_at_least(1, episodes=self.episodes)
+        check_in(_SEEDS, seed=self.seed)
 
     def __call__(self) -> None:
         if self.video is not None:
@@ -368,10 +392,12 @@ class Resume:
     "Go on with a run that was stopped, to its end."
 
     run: Positional[Path]  # folder of the run
+    wandb: str | None = None  # project at Weights & Biases that gets new rows, too
 
     def __call__(self) -> None:
         job = _language(self.run)
-        _learn(self.run, partial(job.proceed if job else resume, self.run))
+        start = partial(job.proceed if job else resume, self.run)
+        _learn(self.run, start, self.wandb)
 
 # %% ../nbs/61_command_line.ipynb #f93629ac
 def _asked_env(args: list[str]) -> str:
@@ -414,12 +440,20 @@ def _fail(code: int, what: str, error: BaseException) -> int:
     print("po-book:", " ".join(text.split()), file=sys.stderr)
     return code
 
+# %% ../nbs/61_command_line.ipynb #fd215291
+def _print_anything() -> None:
+    "Let the streams replace what their encoding does not have."
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):  # a notebook's stream takes everything
+            stream.reconfigure(errors="replace")
+
 # %% ../nbs/61_command_line.ipynb #fa4079ee
 def main(
     args: list[str] | None = None,  # None: those of the process
 ) -> int:
     "Run a command and return its exit code."
     args = sys.argv[1:] if args is None else args
+    _print_anything()
     try:
         command = tyro.cli(
             _commands(_asked_env(args)),

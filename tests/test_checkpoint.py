@@ -1,8 +1,11 @@
+import errno
+import io
 import math
 import multiprocessing
 import os
 import pickle
 import random
+import stat
 import subprocess
 import sys
 import threading
@@ -20,7 +23,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 from po_book import checkpoint
-from po_book.checkpoint import NotCapturable, capture, load_checkpoint, restore, save_checkpoint
+from po_book.checkpoint import (
+    NotCapturable, capture, load_checkpoint, lock_folder, replace_file, restore,
+    save_checkpoint, write_table,
+)  # fmt: skip
 from po_book.policies import make_q_policy
 from po_book.rollout import collect, make_stepper
 from po_book.runner import flatten_parameters
@@ -432,3 +438,196 @@ def test_a_save_that_is_killed_leaves_a_whole_file(tmp_path):
     assert out.returncode == 0, out.stderr
     rows = out.stdout.split()
     assert len(rows) == 15 and "True" in rows, "no kill came while a file was written"
+
+
+def test_the_data_are_on_the_disk_before_the_name_is_and_then_the_name(tmp_path, monkeypatch):
+    calls, sync, replace = [], os.fsync, os.replace
+
+    def fsync(fd):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        sync(fd)
+
+    def rename(old, new):
+        calls.append((Path(old).name, Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    save_checkpoint(tmp_path / "a", 1)
+    assert calls == ["file", ("a.part", "a"), "folder"]
+
+
+def test_a_file_that_cannot_be_read_back_does_not_replace_a_good_one(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a", 1)
+    write = checkpoint._write
+
+    def damage(file, state):
+        write(file, state)
+        file.seek(90)
+        file.write(b"x")
+
+    monkeypatch.setattr(checkpoint, "_write", damage)
+    with pytest.raises(ValueError, match="a.part is"):
+        save_checkpoint(tmp_path / "a", 2)
+    assert load_checkpoint(tmp_path / "a") == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_has_every_column_in_the_order_of_its_first_row(tmp_path):
+    write_table(tmp_path / "a.csv", [{"b": 1}, {"a": "é,", "b": 2.5}])
+    assert (tmp_path / "a.csv").read_bytes() == 'b,a\n1,\n2.5,"é,"\n'.encode()
+
+
+# Disks and folders that refuse
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    "Files that take only so many bytes: `disk(100)`."
+
+    class Small(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    def limit(room):
+        Small.room = room
+
+        def opened(path, mode="r", **how):
+            if "w" not in mode:
+                return open(path, mode, **how)
+            if "b" in mode:
+                return Small(path, mode)
+            return io.TextIOWrapper(Small(path, mode), write_through=True, **how)
+
+        monkeypatch.setattr(checkpoint, "open", opened, raising=False)
+
+    return limit
+
+
+WRITERS = {
+    "checkpoint": lambda path, n: save_checkpoint(path, {"x": torch.full((n,), n)}),
+    "table": lambda path, n: write_table(path, [{"x": n}] * n),
+}
+
+
+@pytest.mark.parametrize("room", [10, 100, 800])
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_is_said_and_the_last_good_file_stays(tmp_path, disk, write, room):
+    with pytest.raises(OSError, match="the disk is full, make room") as first:
+        disk(room)
+        write(tmp_path / "a", 2000)
+    assert "as it was" not in str(first.value) and not list(tmp_path.iterdir())
+    disk(1e9)
+    write(tmp_path / "a", 2000)
+    old = (tmp_path / "a").read_bytes()
+    disk(room)
+    said = r"No space left on device: the disk is full, make room; the file is as it was: '.*a'$"
+    with pytest.raises(OSError, match=said) as error:
+        write(tmp_path / "a", 3000)
+    assert error.value.errno == errno.ENOSPC
+    assert (tmp_path / "a").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_path_through_a_file_or_on_a_folder_is_refused_with_its_kind(tmp_path, write):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(NotADirectoryError, match="file/a'"):
+        write(tmp_path / "file" / "a", 1)
+    with pytest.raises(IsADirectoryError, match="folder'"):
+        write(tmp_path / "folder", 1)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path):
+    def forbidden(part):
+        raise PermissionError(errno.EACCES, "Permission denied", str(part))
+
+    with pytest.raises(PermissionError, match="Permission denied: '.*a'"):
+        replace_file(tmp_path / "a", forbidden)
+
+
+# One process a folder
+
+HOLD = """
+import sys, time
+from po_book.checkpoint import lock_folder
+with lock_folder(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(folder: Path, seconds: float = 300) -> subprocess.Popen:
+    "A process that holds the lock."
+    command = [sys.executable, "-c", HOLD, folder, str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_belongs_to_one_process_until_it_is_killed(tmp_path):
+    owner = holder(tmp_path / "run")
+    said = rf"run: another process is training in this folder \(pid {owner.pid}\)"
+    for _ in range(2):  # being refused does not free it
+        with pytest.raises(ValueError, match=said):
+            with lock_folder(tmp_path / "run"):
+                raise AssertionError("two owners")
+    owner.kill()
+    owner.communicate()
+    assert (tmp_path / "run" / "run.lock").read_text() == str(owner.pid)
+    with lock_folder(tmp_path / "run"):
+        assert (tmp_path / "run" / "run.lock").read_text() == str(os.getpid())
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_is_free_after_an_end_or_an_error_and_other_folders_always_are(tmp_path):
+    holder(tmp_path / "a", 0).communicate()
+    with pytest.raises(KeyboardInterrupt):
+        with lock_folder(tmp_path / "a"), lock_folder(tmp_path / "b"):
+            raise KeyboardInterrupt
+    with lock_folder(str(tmp_path / "a")), pytest.raises(ValueError, match=str(os.getpid())):
+        with lock_folder(tmp_path / "a"):
+            raise AssertionError("two owners")
+    with lock_folder(None), lock_folder(None):
+        pass
+
+
+def test_a_lock_on_a_file_that_its_owner_removed_is_none(tmp_path, monkeypatch):
+    "As if the owner had ended between opening and locking."
+    lock, files = checkpoint._lock, []
+
+    def late(file):
+        files.append(file)
+        if len(files) == 1:
+            (tmp_path / "run.lock").unlink()
+        return lock(file)
+
+    monkeypatch.setattr(checkpoint, "_lock", late)
+    with lock_folder(tmp_path):
+        assert len(files) == 2 and files[0].closed
+        assert (tmp_path / "run.lock").read_text() == str(os.getpid())
+
+
+def test_where_there_are_no_locks_nobody_is_refused(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_folder(tmp_path), lock_folder(tmp_path):
+        pass
+
+
+def test_a_lock_is_not_kept_by_a_child_that_was_forked_under_it(tmp_path):
+    "As the workers of an `AsyncVectorEnv` are."
+    with lock_folder(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
+        child.start()
+    with lock_folder(tmp_path):
+        pass
+    child.kill()
+    child.join()

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import re
 import signal
@@ -18,12 +19,13 @@ from PIL import Image
 
 import po_book.train
 from po_book import cli
+from po_book.checkpoint import lock_folder
 from po_book.cli import LANGUAGE, load_reward, load_task, main
 from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS, Clip, Group, InLoss
 from po_book.policies import make_policy, make_q_policy
 from po_book.rollout import evaluate
-from po_book.runs import record_episode
+from po_book.runs import log_to, record_episode, wandb_logger
 from po_book.sampling import sample
 from po_book.train import ALGORITHMS, PPOConfig, default_config, load_run, train
 from po_book.train_lm import LMConfig, default_lm_config, train_lm
@@ -210,6 +212,68 @@ def test_tensorboard_is_optional(here, monkeypatch):
     assert names == ["checkpoint.pt", "log.csv", "run.json"]
 
 
+class Wandb:
+    "A stand-in for the package, which keeps what it is told."
+
+    def __init__(self):
+        self.runs = []
+
+    def init(self, **how):
+        run = type("Run", (), {"how": how, "rows": []})()
+        run.log = lambda numbers, step: run.rows.append((step, numbers))
+        self.runs.append(run)
+        return run
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> Wandb:
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    return sys.modules["wandb"]
+
+
+def test_weights_and_biases_gets_the_log_and_what_was_asked(here, wandb):
+    assert run(f"{TRAIN} --out x --wandb sticks") == 0
+    (started,) = wandb.runs
+    config = started.how.pop("config")
+    assert config["algorithm"] == "ppo" and config["n_envs"] == "4" and "seed" not in config
+    assert started.how == {
+        "project": "sticks", "name": "x", "dir": "x", "reinit": "finish_previous",
+    }  # fmt: skip
+    columns = {}
+    for step, numbers in started.rows:
+        for name, value in numbers.items():
+            columns.setdefault(name, []).append((step, value))
+    assert columns == logged(Path("x"))
+
+
+def test_weights_and_biases_is_told_more_and_nothing_before_the_first_row(trained, wandb):
+    logger = wandb_logger("sticks", trained, id="7", name="mine", resume="allow")
+    assert not wandb.runs
+    for step in 3, 5:
+        logger({"step": step, "reward": step / 2})
+    (started,) = wandb.runs
+    assert started.rows == [(3, {"reward": 1.5}), (5, {"reward": 2.5})]
+    more = {"id": "7", "name": "mine", "resume": "allow", "project": "sticks"}
+    assert more.items() <= started.how.items()
+
+
+def test_without_the_package_a_line_says_what_to_install_and_nothing_is_begun(
+    here, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(f"{TRAIN} --out x --wandb sticks") == 1
+    said = "po-book: Weights & Biases is not installed: pip install 'po-book[wandb]'\n"
+    assert capsys.readouterr().err == said and not Path("x").exists()
+
+
+def test_every_logger_gets_every_row():
+    first, second = [], []
+    log = log_to(first.append, None, second.append)
+    log({"step": 1})
+    log({"step": 2})
+    assert first == second == [{"step": 1}, {"step": 2}]
+
+
 # Stop and resume
 
 LONG = f"train ppo --env CartPole-v1 {TINY} --total-steps 20000 --checkpoint-every 500"
@@ -319,7 +383,9 @@ def test_a_video_of_tensors_is_refused(here):
 def test_a_missing_pygame_is_named(trained, here, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pygame", None)
     assert run(f"evaluate {trained} --video episode.gif") == 1
-    assert 'pip install "gymnasium[classic-control]"' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert 'pip install "gymnasium[classic-control]"' in err
+    assert "for videos: pip install 'po-book[video]'" in err and err.count("\n") == 1
 
 
 # Plot
@@ -554,6 +620,10 @@ def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
         ("train ppo --env", 2, "--env"),
         ("train ppo --env E --lr high", 2, "Error parsing --lr"),
         ("train ppo --env E --gamma 1.5", 2, "gamma must be in [0, 1], got 1.5"),
+        ("train ppo --env E --seed -1", 2, "seed must be in [0, 4294967296), got -1"),
+        ("train ppo --env E --seed 4294967296", 2, "seed must be in [0, 4294967296)"),
+        (f"{LM} --seed -1", 2, "seed must be in [0, 4294967296), got -1"),
+        ("evaluate good --seed -1", 2, "seed must be in [0, 4294967296), got -1"),
         ("train ppo --env E --learning-rate 1", 2, "--learning-rate"),
         ("evaluate", 2, "folder of the run"),
         ("plot", 2, "give the folder of a run"),
@@ -595,6 +665,7 @@ def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
         ("plot short", 1, "a curve needs two values; short has 1 of mean_return"),
         ("plot short --key loss", 1, "0 of loss; its log has ['steps', 'return',"),
         ("plot empty", 1, "empty has 0 of return; its log has nothing"),
+        ("plot uncounted", 1, "uncounted/log.csv must be a log with steps, got none"),
         ("plot good --out x.abc", 1, "abc"),
         ("plot good --out no/x.svg", 1, "no/x.svg"),
     ],
@@ -617,6 +688,7 @@ def test_a_mistake_is_answered_without_a_traceback(line, code, complaint, here, 
     fake_run("empty", [])
     fake_run("unlogged", ROWS)
     Path("unlogged", "log.csv").unlink()
+    fake_run("uncounted", [{"return": 1}] * 2)
     fake_run("strange", ROWS)
     Path("strange", "run.json").write_text("[]")
     assert run(line) == code
@@ -636,3 +708,90 @@ def test_a_run_that_diverges_says_how_far_it_came(here, capsys):
     err = capsys.readouterr().err
     assert "a smaller learning rate may help; ppo stopped after 0 transitions" in err
     assert err.count("\n") == 1
+
+
+FACTS = {
+    "seed": ["0", 1.5, None], "algorithm": [3, ["ppo"]], "device": [0], "config": [[], "x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "plot"])
+@pytest.mark.parametrize("name, value", [(k, x) for k, xs in FACTS.items() for x in xs])
+def test_a_fact_of_another_kind_is_named(name, value, command, here, capsys):
+    fake_run("x", ROWS)
+    path = Path("x", "run.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert run(f"{command} x") == 1
+    said = f"{name} in x/run.json must be of type {type(VALID[name]).__name__}, got {value!r}"
+    assert capsys.readouterr().err == f"po-book: {said}\n"
+
+
+VALID = {"seed": 0, "algorithm": "ppo", "device": "cpu", "config": {}}
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "plot"])
+@pytest.mark.parametrize("lost", [*VALID, "env"])
+def test_a_fact_that_is_missing_is_named(lost, command, here, capsys):
+    fake_run("x", ROWS)
+    path = Path("x", "run.json")
+    asked = json.loads(path.read_text())
+    del asked[lost]
+    path.write_text(json.dumps(asked))
+    assert run(f"{command} x") == 1
+    said = f"po-book: x/run.json is not of a run: KeyError('{lost}')\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "plot"])
+@pytest.mark.parametrize("data", [b"", b'{"algorithm": "p', b"\xff\xfe\0", b"5"])
+def test_a_damaged_record_of_what_was_asked_is_said(data, command, here, capsys):
+    fake_run("x", ROWS)
+    Path("x", "run.json").write_bytes(data)
+    assert run(f"{command} x") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("po-book: x/run.json is not of a run: ") and err.count("\n") == 1
+
+
+def test_choices_of_an_unknown_form_are_drawn_all_the_same(here):
+    fake_run("x", ROWS)
+    path = Path("x", "run.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"objective": "grpo"}))
+    assert run("plot x") == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+def test_what_a_stream_cannot_show_is_replaced(encoding, spoke, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, write_through=True))
+    assert run(f"evaluate {spoke} --episodes 3") == 0
+    arrow = "→" if encoding == "utf-8" else "?"
+    assert raw.getvalue().decode(encoding).count(f"=' {arrow} '") == 3
+
+
+def test_a_complaint_may_hold_any_letter(here, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, "ascii", write_through=True))
+    assert run("plot λ") == 1
+    assert raw.getvalue() == b"po-book: ? holds no run: there is no run.json\n"
+
+
+def test_a_model_is_not_taught_in_a_folder_where_another_process_trains(here, capsys):
+    with lock_folder("x"):
+        assert run(f"{LM} {SMALL} --steps 1 --sft-steps 1 --out x") == 1
+        assert [p.name for p in Path("x").iterdir()] == ["run.lock"]
+    assert "x: another process is training in this folder (pid" in capsys.readouterr().err
+
+
+def test_the_tiny_model_is_that_of_the_seed_and_its_problems_come_in_its_order(here, monkeypatch):
+    orders = []
+    monkeypatch.setattr(cli, "sft", lambda *args, generator: orders.append((args, generator)))
+    task = load_task("chain-addition")
+    cli._teach(task, 7, 5, "cpu", Path("start"))
+    ((model, _, prompts, answers, steps), order), = orders
+    want = tiny_lm(char_tokenizer(), seed=5)
+    for x, y in zip(load_lm("start")[0].parameters(), want.parameters(), strict=True):
+        assert torch.equal(x, y)
+    assert steps == 7 and prompts == task.prompts(20_000, 5)
+    assert answers == [task.solution(prompt) for prompt in prompts]
+    same = torch.Generator().manual_seed(5)
+    assert torch.equal(order.get_state(), same.get_state())

@@ -30,6 +30,19 @@ def test_spread_curves_meets_every_run_where_all_were_measured():
     assert ax.lines[0].get_label() == "lines (n=2)"
 
 
+def test_spread_is_the_median_shaded_from_the_lowest_to_the_highest():
+    "Of 1, 2 and 9 the median is 2, the mean 4, the quartiles 1.5 and 5.5."
+    _, ax = plt.subplots()
+    spread(ax, [0, 5], [[9, 10], [1, 30], [2, 20]], "runs")
+    (line,), (shade,) = ax.lines, ax.collections
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 2], [5, 20]])
+    corners = {tuple(corner) for corner in shade.get_paths()[0].vertices}
+    assert corners == {(0, 1), (0, 9), (5, 10), (5, 30)}
+    assert line.get_label() == "runs (n=3)"
+    assert shade.get_facecolor()[0, :3] == pytest.approx(plt.matplotlib.colors.to_rgb(line.get_color()))
+    assert shade.get_facecolor()[0, 3] == 0.2
+
+
 def test_spread_refuses_runs_of_another_length():
     _, ax = plt.subplots()
     with pytest.raises(ValueError, match=r"runs must be \[runs, 3\], got \[2, 4\]"):

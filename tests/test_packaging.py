@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import venv
+from email import message_from_bytes
+from zipfile import ZipFile
 
 import pytest
 from conftest import ROOT
@@ -20,6 +22,10 @@ assert not unwanted, unwanted
 """
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+(INSTALLED,) = re.findall(r"^pip install \"\.(.*)\"$", README, re.M)
+
+
 def run(*command, **kwargs):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run(
@@ -30,8 +36,7 @@ def run(*command, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    "Python of an environment that holds the wheel and what the wheel asks for."
+def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     # From a copy: a build/ left over in the checkout would end up in the wheel.
     for name in "pyproject.toml", "settings.ini", "setup.py", "README.md", "LICENSE":
@@ -39,11 +44,49 @@ def python(tmp_path_factory):
     shutil.copytree(ROOT / "po_book", folder / "po_book")
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder, folder)
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    "Python of an environment with the wheel, what it asks for, and the README's extra."
+    folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     locked = ROOT / "requirements-dev.txt"
-    run(python, "-m", "pip", "install", "-q", "--no-compile", "-c", locked, wheel)
+    run(python, "-m", "pip", "install", "-q", "--no-compile", "-c", locked, f"{wheel}{INSTALLED}")
     return python
+
+
+def read_metadata(wheel):
+    with ZipFile(wheel) as files:
+        (name,) = (n for n in files.namelist() if n.endswith(".dist-info/METADATA"))
+        return message_from_bytes(files.read(name))
+
+
+def test_the_extras_are_those_that_the_readme_names(wheel):
+    metadata = read_metadata(wheel)
+    line = next(x for x in README.splitlines() if x.startswith("Extras"))
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert extras == {"video", "box2d", "peft", "tensorboard", "wandb", "dev"}
+    assert extras - {"dev"} == set(re.findall("`(.*?)`", line))
+    asked = [x for x in metadata.get_all("Requires-Dist") if "extra == " in x]
+    packages = {
+        extra: [re.split(r"[;>\s]", x)[0] for x in asked if re.search(f"extra == .{extra}.", x)]
+        for extra in extras - {"dev"}
+    }
+    assert packages == {
+        "video": ["pygame"], "box2d": ["gymnasium[box2d]"], "peft": ["peft"],
+        "tensorboard": ["tensorboard"], "wandb": ["wandb"],
+    }  # fmt: skip
+
+
+def test_what_a_message_tells_to_install_is_an_extra(wheel):
+    told = set()
+    for path in (ROOT / "po_book").glob("*.py"):
+        told |= set(re.findall(r"pip install 'po-book\[(\w+)\]'", path.read_text("utf-8")))
+    extras = read_metadata(wheel).get_all("Provides-Extra")
+    assert {"video", "wandb"} <= told <= set(extras)
 
 
 def test_every_module_imports_without_development_dependencies(python, tmp_path):
@@ -51,16 +94,14 @@ def test_every_module_imports_without_development_dependencies(python, tmp_path)
 
 
 def test_the_example_of_the_readme_solves_cartpole(python, tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example, _ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     printed = run(python, "-c", example, cwd=tmp_path).stdout
     assert float(re.search(r"tensor\((.*)\)", printed)[1]) >= 475
 
 
 def test_the_other_example_teaches_a_language_model(python, tmp_path):
     "With fewer steps."
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     short = example.replace("steps=400", "steps=2").replace(
         'objective="grpo")', 'objective="grpo", config=LMConfig(steps=1, prompts=4))'
     )
@@ -76,15 +117,14 @@ def test_importing_the_package_is_free(python, tmp_path):
 
 
 def test_the_commands_of_the_readme_work(python, tmp_path):
-    "With a shorter training, and without the video, whose drawing is an extra of gymnasium."
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = [shlex.split(line, comments=True) for line in re.findall(r"^po-book .*", readme, re.M)]
+    "With a shorter training."
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^po-book .*", README, re.M)]
     names = ["train", "resume", "evaluate", "plot", "train"]
     assert [words[1] for words in commands] == names
     commands[0] += ["--total-steps", "3000"]
     commands[4] += ["--sft-steps", "2", "--steps", "1", "--prompts", "4"]
-    commands[2] = commands[2][: commands[2].index("--video")]
     said = [run(python.parent / words[0], *words[1:], cwd=tmp_path).stdout for words in commands]
     assert "transitions; fresh episodes: mean" in said[0] and said[0] == said[1]
-    assert "fresh episodes: mean" in said[2] and (tmp_path / "curves.svg").exists()
+    assert "fresh episodes: mean" in said[2] and (tmp_path / "episode.gif").exists()
+    assert (tmp_path / "curves.svg").exists()
     assert "held-out" in said[4]
