@@ -4,40 +4,34 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'CriticConfig', 'A2CConfig', 'a2c_iteration',
-           'EpochsConfig', 'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration', 'MemoryConfig', 'DQNConfig',
-           'dqn_loss', 'dqn_iteration', 'DDPGConfig', 'ddpg_loss', 'ddpg_iteration', 'default_config', 'train',
+           'EpochsConfig', 'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration', 'default_config', 'train',
            'resume', 'load_run']
 
 # %% ../nbs/35_train.ipynb #1364a332
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import kl_divergence
-from torch.nn.functional import mse_loss
 
-from .advantage import normalize, td_target
+from .advantage import normalize
 from .checks import check_at_least, check_in, check_known, check_positive
+from .learner import Learner, mean_metrics
+from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
 from .natural_gradient import trpo_step
-from .off_policy import deterministic_policy_loss
-from po_book.policies import (
-    Policy, make_deterministic_policy, make_policy, make_q_policy
-)
+from .policies import Policy, make_policy
 from .policy_gradient import discounted_returns, reinforce_loss
 from .ppo import ppo_loss, ratio, value_loss
 from po_book.rollout import (
     Env, Rollout, collect_episodes, critic_batch, minibatches
 )
 from po_book.runner import (
-    Algorithm, Config, Learner, Run, read_run, resume_run, start_run
+    Algorithm, Config, Run, read_run, resume_run, start_run
 )
-from .value_based import Replay, q_loss, soft_update
 
 # %% ../nbs/35_train.ipynb #0948f33f
 @dataclass(frozen=True)
@@ -137,11 +131,6 @@ class EpochsConfig(CriticConfig):
         super().__post_init__()
         check_positive(epochs=self.epochs, minibatch=self.minibatch)
 
-# %% ../nbs/35_train.ipynb #14178426
-def _means(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    "Mean of every metric over the gradient steps of an iteration."
-    return {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
-
 # %% ../nbs/35_train.ipynb #44fc291d
 #| code-fold: true
 @dataclass(frozen=True)
@@ -231,167 +220,7 @@ def ppo_iteration(
         for _ in range(config.epochs)
         for part in minibatches(batch, config.minibatch, learner.generator)
     ]
-    return rollout, _means(history)
-
-# %% ../nbs/35_train.ipynb #eab8ec53
-#| code-fold: true
-@dataclass(frozen=True)
-class MemoryConfig(Config):
-    "Settings that methods with a memory share."
-
-    n_steps: int = 16            # steps of every environment an iteration
-    updates: int = 128           # gradient steps an iteration
-    minibatch: int = 64          # transitions a gradient step
-    memory: int = 50_000         # transitions kept
-    learning_starts: int = 1000  # transitions before the first gradient step
-    tau: float = 0.03            # share of the way the copy goes after a gradient step
-    max_grad_norm: float = 5.0   # longest gradient, Euclidean norm
-
-    def __post_init__(self):
-        super().__post_init__()
-        positive = "n_steps", "updates", "minibatch", "memory", "max_grad_norm"
-        check_positive(**{name: getattr(self, name) for name in positive})
-        check_in("(0, 1]", tau=self.tau)
-        if not self.learning_starts <= self.memory:
-            got = f"{self.learning_starts} > {self.memory}"
-            raise ValueError(f"learning_starts must not exceed memory, got {got}")
-
-    def prepare(self, policy: Policy) -> dict[str, Any]:
-        "The memory, and a copy of the policy that follows slowly."
-        target = deepcopy(policy).requires_grad_(False)
-        return {"target": target, "replay": Replay(self.memory)}
-
-# %% ../nbs/35_train.ipynb #da70d0b2
-def _learn_from_memory(
-    learner: Learner,
-    config: MemoryConfig,
-    loss: Callable,  # (policy, target, batch, gamma) to a loss and metrics
-) -> tuple[Rollout, dict[str, Tensor]]:
-    "Remember a few steps, and take gradient steps on batches of what is remembered."
-    policy, generator = learner.policy, learner.generator
-    target, replay = learner.extra["target"], learner.extra["replay"]
-    rollout = learner.collect(config.n_steps)
-    columns = "obs", "actions", "rewards", "next_obs", "terminated"
-    replay.add(**{name: getattr(rollout, name)[rollout.valid] for name in columns})
-    if len(replay) < config.learning_starts:
-        return rollout, {}
-    history = []
-    for _ in range(config.updates):
-        batch = replay.sample(config.minibatch, generator)
-        value, metrics = loss(policy, target, batch, config.gamma)
-        learner.step(value, config.max_grad_norm)
-        soft_update(target, policy, config.tau)
-        history.append(metrics)
-    return rollout, _means(history)
-
-# %% ../nbs/35_train.ipynb #65b854c7
-#| code-fold: true
-@dataclass(frozen=True)
-class DQNConfig(MemoryConfig):
-    "Settings of DQN."
-
-    total_steps: int = 40_000
-    hidden: tuple[int, ...] = (128, 128)
-    lr: float = 2e-3
-    epsilon: float = 0.05     # share of random actions, after the exploration
-    exploration: float = 0.2  # fraction of the run in which it falls from 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(exploration=self.exploration)
-        check_in("[0, 1]", epsilon=self.epsilon)
-
-    def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
-        "Values of actions, and the greedy choice."
-        return make_q_policy(env, self.hidden, generator)
-
-# %% ../nbs/35_train.ipynb #893a8618
-def dqn_loss(
-    policy: Policy,  # learns
-    target: Policy,  # gives the targets
-    batch: dict[str, Tensor],  # transitions
-    gamma: float,    # discount
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Loss {eq}`eq-vb-loss` of a batch, and detached metrics.
-
-    Source: Mnih et al. 2015, algorithm 1.
-    """
-    with torch.no_grad():
-        best = target.q(batch["next_obs"]).amax(-1)
-        targets = td_target(batch["rewards"], best, batch["terminated"], gamma)
-    q = policy.q(batch["obs"])
-    loss = q_loss(q, batch["actions"], targets)
-    return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
-
-# %% ../nbs/35_train.ipynb #8028be86
-def dqn_iteration(
-    learner: Learner,
-    config: DQNConfig,
-    remaining: float,  # fraction of the run that is left
-) -> tuple[Rollout, dict[str, Tensor]]:
-    "Explore less than before, remember, and fit the values of actions."
-    explored = (1 - remaining) / config.exploration
-    learner.policy.epsilon = max(config.epsilon, 1 - explored * (1 - config.epsilon))
-    learner.set_lr(config.lr * remaining)
-    return _learn_from_memory(learner, config, dqn_loss)
-
-# %% ../nbs/35_train.ipynb #1e7fa034
-#| code-fold: true
-@dataclass(frozen=True)
-class DDPGConfig(MemoryConfig):
-    "Settings of DDPG."
-
-    total_steps: int = 12_000
-    n_envs: int = 8
-    n_steps: int = 4
-    updates: int = 32
-    minibatch: int = 128
-    lr: float = 1e-3
-    gamma: float = 0.98
-    tau: float = 0.005
-    max_grad_norm: float = 10.0
-    sigma: float = 0.2  # exploration noise, in half-widths of the action bounds
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(sigma=self.sigma)
-
-    def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
-        "One action an observation, and its value."
-        return make_deterministic_policy(env, self.hidden, generator)
-
-# %% ../nbs/35_train.ipynb #830a79b6
-def ddpg_loss(
-    policy: Policy,  # learns
-    target: Policy,  # gives the targets
-    batch: dict[str, Tensor],  # transitions
-    gamma: float,    # discount
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Loss of the critic plus loss {eq}`eq-op-actor` of the actor, and metrics.
-
-    Source: Lillicrap et al. 2016, algorithm 1.
-    """
-    obs, next_obs = batch["obs"], batch["next_obs"]
-    with torch.no_grad():
-        follows = target.q(next_obs, target.mean(next_obs))
-        targets = td_target(batch["rewards"], follows, batch["terminated"], gamma)
-    value_loss = mse_loss(policy.q(obs, batch["actions"]), targets)
-    policy.critic.requires_grad_(False)
-    actor_loss = deterministic_policy_loss(policy.q, policy.mean, obs)
-    policy.critic.requires_grad_(True)
-    metrics = {"value_loss": value_loss.detach(), "q": -actor_loss.detach()}
-    return value_loss + actor_loss, metrics
-
-# %% ../nbs/35_train.ipynb #c944ffc9
-def ddpg_iteration(
-    learner: Learner,
-    config: DDPGConfig,
-    remaining: float,  # fraction of the run that is left
-) -> tuple[Rollout, dict[str, Tensor]]:
-    "Remember a few noisy steps; fit the critic, and let the actor climb it."
-    fresh = len(learner.extra["replay"]) < config.learning_starts
-    learner.policy.sigma = 1.0 if fresh else config.sigma
-    return _learn_from_memory(learner, config, ddpg_loss)
+    return rollout, mean_metrics(history)
 
 # %% ../nbs/35_train.ipynb #927fc9fd
 ALGORITHMS: dict[str, Algorithm] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_train import SMALL, Bandit, quick, vector
 
-import po_book.runner
+import po_book.learner
 from po_book.advantage import normalize
 from po_book.checkpoint import load_checkpoint, save_checkpoint
 from po_book.policies import make_policy
@@ -172,7 +172,7 @@ def test_a_backend_gets_the_same_function_and_numbers_as_tensors(monkeypatch):
             return {name: x.clone() for name, x in function(**inputs).items()}
         return run
 
-    monkeypatch.setitem(po_book.runner.BACKENDS, "counting", counting)
+    monkeypatch.setitem(po_book.learner.BACKENDS, "counting", counting)
     env = "po_book/CartPole-v1"  # never loses a row, so all minibatches are of one shape
     runs = [quick("ppo", env=env, backend=backend) for backend in ("eager", "counting")]
     assert prepared == ["improve"]

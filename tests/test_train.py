@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import po_book.train
+from po_book.memory import ddpg_loss, dqn_loss
 from po_book.policies import make_deterministic_policy, make_q_policy
 from po_book.runner import Config, new_learner
 from po_book.train import (
@@ -14,8 +15,6 @@ from po_book.train import (
     PPOConfig,
     ReinforceConfig,
     TRPOConfig,
-    ddpg_loss,
-    dqn_loss,
     train,
     trpo_iteration,
 )
