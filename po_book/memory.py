@@ -9,7 +9,7 @@ __all__ = ['MemoryConfig', 'DQNConfig', 'dqn_loss', 'dqn_iteration', 'DDPGConfig
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -88,6 +88,7 @@ class DQNConfig(MemoryConfig):
     lr: float = 2e-3
     epsilon: float = 0.05     # share of random actions, after the exploration
     exploration: float = 0.2  # fraction of the run in which it falls from 1
+    needs: ClassVar = ("q", "epsilon")
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,6 +145,7 @@ class DDPGConfig(MemoryConfig):
     tau: float = 0.005
     max_grad_norm: float = 10.0
     sigma: float = 0.2  # exploration noise, in half-widths of the action bounds
+    needs: ClassVar = ("mean", "q", "critic", "sigma")
 
     def __post_init__(self):
         super().__post_init__()

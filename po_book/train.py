@@ -11,15 +11,18 @@ __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'C
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from gymnasium.vector import VectorEnv
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from .advantage import normalize
-from .checks import check_at_least, check_in, check_known, check_positive
+from po_book.checks import (
+    check_at_least, check_in, check_known, check_positive, require
+)
 from .learner import Learner, mean_metrics
 from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
 from .natural_gradient import trpo_step
@@ -30,7 +33,7 @@ from po_book.rollout import (
     Env, Rollout, collect_episodes, critic_batch, minibatches
 )
 from po_book.runner import (
-    Algorithm, Config, Run, read_run, resume_run, start_run
+    Algorithm, Config, Report, Run, read_run, resume_run, start_run
 )
 
 # %% ../nbs/35_train.ipynb #0948f33f
@@ -39,6 +42,7 @@ class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
 
     lr: float = 5e-3
+    needs: ClassVar = ("evaluate",)
 
 # %% ../nbs/35_train.ipynb #2aa489e3
 def reinforce_iteration(
@@ -69,6 +73,7 @@ class CriticConfig(Config):
     max_grad_norm: float = 0.5  # longest gradient, Euclidean norm
     anneal: bool = True  # let the learning rate (and PPO's clip range) fall to zero
     normalize_obs: bool = False  # scale observations by their running mean and variance
+    needs: ClassVar = ("evaluate", "value")
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,6 +136,13 @@ class EpochsConfig(CriticConfig):
         super().__post_init__()
         check_positive(epochs=self.epochs, minibatch=self.minibatch)
 
+# %% ../nbs/35_train.ipynb #04b50868
+def _reached(policy: nn.Module, x: Tensor) -> set[nn.Parameter]:
+    "The weights that `x` depends on."
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(x.sum(), weights, allow_unused=True)
+    return {p for p, grad in zip(weights, grads) if grad is not None}
+
 # %% ../nbs/35_train.ipynb #44fc291d
 #| code-fold: true
 @dataclass(frozen=True)
@@ -141,11 +153,23 @@ class TRPOConfig(EpochsConfig):
     max_kl: float = 0.01     # radius of the trust region, in nats
     damping: float = 0.01    # added to the diagonal of the Fisher matrix
     cg_iterations: int = 10  # Fisher-vector products at most
+    needs: ClassVar = ("evaluate", "value", "distribution", "actor_parameters")
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(max_kl=self.max_kl, cg_iterations=self.cg_iterations)
         check_at_least(0, damping=self.damping)
+
+    def check_policy(self, policy: Policy, obs: Float[Tensor, "N D"]) -> None:
+        "Raises: `ValueError` unless the critic can be fitted without moving the actor."
+        super().check_policy(policy, obs)
+        actions = policy.act(obs, torch.Generator(obs.device).manual_seed(0))
+        logp, values = policy.evaluate(obs, actions)[0], policy.value(obs)
+        actor = {*policy.actor_parameters(), *_reached(policy, logp)}
+        shared = len(actor & _reached(policy, values))
+        apart = "one whose critic shares no weights with its actor"
+        hint = "PPO and A2C take such a policy"
+        require(not shared, "policy of TRPO", apart, f"{shared} shared tensors; {hint}")
 
 # %% ../nbs/35_train.ipynb #7a76e94f
 def trpo_iteration(
@@ -271,7 +295,9 @@ def train(
     config: Config | None = None,        # None: `default_config`
     out: Path | str | None = None,       # folder for checkpoints and the log
     progress: bool = True,               # show a progress bar
-    report: Callable[[dict[str, float]], None] | None = None,  # gets every row
+    report: Report | None = None,        # gets every row; may stop the run
+    policy: Policy | Callable[[VectorEnv], Policy] | None = None,  # None: `config`'s
+    eval_env: Env | None = None,         # of evaluations; None: as `env`
 ) -> Run:
     """Train `algorithm` on `env`.
 
@@ -280,14 +306,18 @@ def train(
     the algorithm's metrics, and the `mean_return` of fresh episodes where an evaluation
     was due. The same seed on the same device gives the same run.
 
+    `report` is called with the row, or, if it has three parameters, with the row, the
+    `Run` and the `Learner`. If it returns `False` the run is saved and ends there.
+
     Raises: `ValueError` if the algorithm is unknown, if `config` belongs to another, if
-    no policy fits the environment's spaces, if an observation or a reward is not
-    finite, if the device is not there or `out` holds a run; `Diverged` if the weights
-    are not finite; `gymnasium.error.Error` if the environment is not registered.
+    no policy fits the environment's spaces or the one that is given lacks what the
+    method needs, if an observation or a reward is not finite, if the device is not
+    there or `out` holds a run; `Diverged` if the weights are not finite; `gymnasium.error.Error` if the environment is not registered.
     """
     default = default_config(algorithm, env)
     config = default if config is None else config
     how = dict(seed=seed, device=device, backend=backend)
+    how |= dict(policy=policy, eval_env=eval_env)
     shown = dict(out=out, progress=progress, report=report)
     return start_run(algorithm, ALGORITHMS[algorithm], env, config, **how, **shown)
 
@@ -297,18 +327,22 @@ def resume(
     out: Path | str,         # folder that `train` was given
     *,
     env: Env | None = None,  # needed if the run was not given an id
+    eval_env: Env | None = None,  # needed if the run had one without an id
+    policy: Policy | Callable[[VectorEnv], Policy] | None = None,  # needed if given then
+    config: type[Config] | None = None,  # needed if it was not the algorithm's own type
     progress: bool = True,   # show a progress bar
-    report: Callable[[dict[str, float]], None] | None = None,  # gets every new row
+    report: Report | None = None,  # gets every new row; may stop the run
 ) -> Run:
     """Go on with a run from its last checkpoint, to its end.
 
     On the CPU the result is bit for bit that of a run that was never stopped. A run
     that was finished is returned as it is.
 
-    Raises: `ValueError` if `out` holds no run or a file in it is damaged, and what
-    `train` raises.
+    Raises: `ValueError` if `out` holds no run or a file in it is damaged, if
+    something is not given that must be, and what `train` raises.
     """
-    return resume_run(out, ALGORITHMS, env=env, progress=progress, report=report)
+    given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
+    return resume_run(out, ALGORITHMS, progress=progress, report=report, **given)
 
 # %% ../nbs/35_train.ipynb #fcd98d1f
 #| code-fold: true
@@ -316,10 +350,15 @@ def load_run(
     out: Path | str,         # folder that `train` was given
     *,
     env: Env | None = None,  # needed if the run was not given an id
+    eval_env: Env | None = None,  # needed if the run had one without an id
+    policy: Policy | Callable[[VectorEnv], Policy] | None = None,  # needed if given then
+    config: type[Config] | None = None,  # needed if it was not the algorithm's own type
     device: torch.device | str = "cpu",  # of the policy
 ) -> Run:
     """The policy and the log of a run as of its last checkpoint, to look at.
 
-    Raises: `ValueError` if `out` holds no checkpoint or a file in it is damaged.
+    Raises: `ValueError` if `out` holds no checkpoint, a file in it is damaged, or
+    something is not given that must be.
     """
-    return read_run(out, ALGORITHMS, env=env, device=device)
+    given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
+    return read_run(out, ALGORITHMS, device=device, **given)
