@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from .advantage import td_target
-from .checks import check_in, check_positive
+from .checks import check_at_least, check_in, check_positive
 from .learner import Learner, mean_metrics
 from .off_policy import deterministic_policy_loss
 from .policies import Policy, make_deterministic_policy, make_q_policy
 from .rollout import Rollout
-from .runner import Config
+from .runner import Config, check_whole
 from .value_based import Replay, q_loss, soft_update
 
 # %% ../nbs/34a_memory.ipynb #eab8ec53
@@ -42,8 +42,11 @@ class MemoryConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        positive = "n_steps", "updates", "minibatch", "memory", "max_grad_norm"
-        check_positive(**{name: getattr(self, name) for name in positive})
+        names = "n_steps", "updates", "minibatch", "memory"
+        counts = {name: getattr(self, name) for name in names}
+        check_positive(**counts, max_grad_norm=self.max_grad_norm)
+        check_at_least(0, learning_starts=self.learning_starts)
+        check_whole(**counts, learning_starts=self.learning_starts)
         check_in("(0, 1]", tau=self.tau)
         if not self.learning_starts <= self.memory:
             got = f"{self.learning_starts} > {self.memory}"
@@ -92,7 +95,7 @@ class DQNConfig(MemoryConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(exploration=self.exploration)
+        check_in("(0, inf)", exploration=self.exploration)
         check_in("[0, 1]", epsilon=self.epsilon)
 
     def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
@@ -150,6 +153,7 @@ class DDPGConfig(MemoryConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(sigma=self.sigma)
+        check_in("(0, inf)", sigma=self.sigma)
 
     def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
         "One action an observation, and its value."

@@ -10,8 +10,9 @@ __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'C
 # %% ../nbs/35_train.ipynb #1364a332
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -28,12 +29,13 @@ from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
 from .natural_gradient import trpo_step
 from .policies import Policy, make_policy
 from .policy_gradient import discounted_returns, reinforce_loss
-from .ppo import ppo_loss, ratio, value_loss
+from .ppo import AdaptiveKL, approx_kl, ppo_loss, ratio, value_loss
 from po_book.rollout import (
     Env, Rollout, collect_episodes, critic_batch, minibatches
 )
 from po_book.runner import (
-    Algorithm, Config, Report, Run, read_run, resume_run, start_run
+    Algorithm, Config, NewPolicy, Report, Run, check_whole, read_run, resume_run,
+    start_run,
 )
 
 # %% ../nbs/35_train.ipynb #0948f33f
@@ -78,6 +80,7 @@ class CriticConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         check_positive(n_steps=self.n_steps, max_grad_norm=self.max_grad_norm)
+        check_whole(n_steps=self.n_steps)
         check_in("[0, 1]", lam=self.lam)
 
     def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
@@ -101,6 +104,11 @@ class A2CConfig(CriticConfig):
     lam: float = 0.95
     value_coef: float = 0.5    # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
+
+    def __post_init__(self):
+        super().__post_init__()
+        coefs = dict(value_coef=self.value_coef, entropy_coef=self.entropy_coef)
+        check_in("[0, inf)", **coefs)
 
 # %% ../nbs/35_train.ipynb #b5bfcddb
 def a2c_iteration(
@@ -135,6 +143,7 @@ class EpochsConfig(CriticConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(epochs=self.epochs, minibatch=self.minibatch)
+        check_whole(epochs=self.epochs, minibatch=self.minibatch)
 
 # %% ../nbs/35_train.ipynb #04b50868
 def _reached(policy: nn.Module, x: Tensor) -> set[nn.Parameter]:
@@ -158,6 +167,7 @@ class TRPOConfig(EpochsConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(max_kl=self.max_kl, cg_iterations=self.cg_iterations)
+        check_whole(cg_iterations=self.cg_iterations)
         check_at_least(0, damping=self.damping)
 
     def check_policy(self, policy: Policy, obs: Float[Tensor, "N D"]) -> None:
@@ -195,11 +205,13 @@ def trpo_iteration(
 
     actor, limits = policy.actor_parameters(), (config.max_kl, config.damping)
     metrics = trpo_step(actor, surrogate, divergence, *limits, config.cg_iterations)
+    history = []
     for _ in range(config.epochs):
         for part in minibatches(batch, config.minibatch, learner.generator):
             error = value_loss(policy.value(part["obs"]), part["returns"]).mean()
             learner.step(error, config.max_grad_norm)
-    return rollout, metrics | {"value_loss": error.detach()}
+            history.append({"value_loss": error.detach()})
+    return rollout, metrics | mean_metrics(history)
 
 # %% ../nbs/35_train.ipynb #d993d480
 #| code-fold: true
@@ -207,14 +219,49 @@ def trpo_iteration(
 class PPOConfig(EpochsConfig):
     "Settings of PPO."
 
-    clip: float = 0.2           # clip range of the ratio, at the start
+    clip: float | None = 0.2    # clip range of the ratio, at the start; None: no clip
+    clip_high: float | None = None  # the same above one; None: as `clip`
+    dual_clip: float | None = None  # largest ratio that counts where advantages are < 0
+    clip_value: float | None = None  # how far a value may move, in units of the return
     value_coef: float = 0.5     # weight of the value loss
     entropy_coef: float = 0.0   # weight of the entropy bonus
     normalize_advantages: bool = True  # to mean 0 and deviation 1, a minibatch
+    target_kl: float | None = None  # divergence after which epochs end, in nats
+    kl_coef: float = 0.0        # weight of the divergence in the loss, at the start
+    kl_target: float | None = None  # divergence for which `kl_coef` is adapted, in nats
 
     def __post_init__(self):
         super().__post_init__()
-        check_in("(0, 1)", clip=self.clip)
+        names = "value_coef", "entropy_coef", "kl_coef"
+        check_in("[0, inf)", **{name: getattr(self, name) for name in names})
+        names = "clip_high", "clip_value", "target_kl", "kl_target"
+        given = {name: getattr(self, name) for name in names}
+        check_positive(**{name: x for name, x in given.items() if x is not None})
+        low, high = self.band(1.0)
+        if self.clip is not None:
+            check_in("(0, 1)", clip=low)
+        elif self.clip_high is not None:
+            raise ValueError("clip_high needs a clip, with None nothing is clipped")
+        if self.dual_clip is not None:
+            check_in(f"({1 + high}, inf)", dual_clip=self.dual_clip)
+        if self.kl_target is not None:
+            require(self.kl_coef, "kl_coef", "positive, to be adapted", self.kl_coef)
+        if self.normalize_advantages and self.minibatch == 1:
+            raise ValueError("one transition has no deviation: with minibatch=1 set"
+                             " normalize_advantages=False")
+
+    def band(self, pace: float) -> tuple[float, float]:
+        "How far the ratio may go below one and above, at this share of the clip range."
+        if self.clip is None:
+            return 1.0, inf
+        high = self.clip if self.clip_high is None else self.clip_high
+        return self.clip * pace, high * pace
+
+    def prepare(self, policy: Policy) -> dict[str, Any]:
+        "The weight of the divergence, where it is adapted."
+        if self.kl_target is None:
+            return {}
+        return {"kl": AdaptiveKL(self.kl_target, self.kl_coef)}
 
 # %% ../nbs/35_train.ipynb #60cffaa4
 def ppo_iteration(
@@ -224,27 +271,44 @@ def ppo_iteration(
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Collect a rollout and improve the clipped objective on it for a few epochs."
     policy, pace = learner.policy, config.pace(remaining)
+    adaptive = learner.extra.get("kl")
 
-    def improve(clip, obs, actions, logp, advantages, returns) -> dict[str, Tensor]:
+    def improve(low, high, beta, obs, actions, logp, advantages, returns) -> dict:
         "One gradient step on a minibatch; `logp` is of the policy that sampled it."
+        values_old = None if config.clip_value is None else returns - advantages
         if config.normalize_advantages:
             advantages = normalize(advantages)
         now, entropy = policy.evaluate(obs, actions)
         data = now, logp, advantages, entropy, policy.value(obs), returns
+        low, high = (None, None) if config.clip is None else (low, high)
+        clips = dict(clip_low=low, clip_high=high, dual_clip=config.dual_clip)
+        clips |= dict(values_old=values_old, value_clip=config.clip_value)
         coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
-        loss, metrics = ppo_loss(*data, clip_low=clip, **coefs)
+        loss, metrics = ppo_loss(*data, **clips, **coefs)
+        if config.kl_coef:
+            loss = loss + beta * approx_kl(now, logp).mean()
         learner.step(loss, config.max_grad_norm)
         return metrics
 
     learner.set_lr(config.lr * pace)
     rollout = learner.collect(config.n_steps)
     batch = critic_batch(policy, rollout, config.gamma, config.lam)
-    history = [
-        learner.run("improve", improve, clip=config.clip * pace, **part)
-        for _ in range(config.epochs)
-        for part in minibatches(batch, config.minibatch, learner.generator)
-    ]
-    return rollout, mean_metrics(history)
+    low, high = config.band(pace)
+    asked = dict(low=low, high=high, beta=adaptive.beta if adaptive else config.kl_coef)
+    history = []
+    for _ in range(config.epochs):
+        parts = minibatches(batch, config.minibatch, learner.generator)
+        epoch = [learner.run("improve", improve, **asked, **part) for part in parts]
+        history += epoch
+        if config.target_kl and mean_metrics(epoch)["approx_kl"] > config.target_kl:
+            break
+    metrics = mean_metrics(history)
+    if adaptive:
+        with torch.no_grad():
+            now = policy.evaluate(batch["obs"], batch["actions"])[0]
+        adaptive.update(approx_kl(now, batch["logp"]).mean())
+        metrics["kl_coef"] = asked["beta"]
+    return rollout, metrics
 
 # %% ../nbs/35_train.ipynb #927fc9fd
 ALGORITHMS: dict[str, Algorithm] = {
@@ -296,7 +360,7 @@ def train(
     out: Path | str | None = None,       # folder for checkpoints and the log
     progress: bool = True,               # show a progress bar
     report: Report | None = None,        # gets every row; may stop the run
-    policy: Policy | Callable[[VectorEnv], Policy] | None = None,  # None: `config`'s
+    policy: NewPolicy | None = None,     # None: what `config` makes
     eval_env: Env | None = None,         # of evaluations; None: as `env`
 ) -> Run:
     """Train `algorithm` on `env`.
@@ -312,7 +376,8 @@ def train(
     Raises: `ValueError` if the algorithm is unknown, if `config` belongs to another, if
     no policy fits the environment's spaces or the one that is given lacks what the
     method needs, if an observation or a reward is not finite, if the device is not
-    there or `out` holds a run; `Diverged` if the weights are not finite; `gymnasium.error.Error` if the environment is not registered.
+    there or `out` holds a run; `Diverged` if the weights are not finite;
+    `gymnasium.error.Error` if the environment is not registered.
     """
     default = default_config(algorithm, env)
     config = default if config is None else config
@@ -328,8 +393,8 @@ def resume(
     *,
     env: Env | None = None,  # needed if the run was not given an id
     eval_env: Env | None = None,  # needed if the run had one without an id
-    policy: Policy | Callable[[VectorEnv], Policy] | None = None,  # needed if given then
-    config: type[Config] | None = None,  # needed if it was not the algorithm's own type
+    policy: NewPolicy | None = None,  # needed if the run was given one
+    config: type[Config] | None = None,  # needed if it was a subclass
     progress: bool = True,   # show a progress bar
     report: Report | None = None,  # gets every new row; may stop the run
 ) -> Run:
@@ -351,8 +416,8 @@ def load_run(
     *,
     env: Env | None = None,  # needed if the run was not given an id
     eval_env: Env | None = None,  # needed if the run had one without an id
-    policy: Policy | Callable[[VectorEnv], Policy] | None = None,  # needed if given then
-    config: type[Config] | None = None,  # needed if it was not the algorithm's own type
+    policy: NewPolicy | None = None,  # needed if the run was given one
+    config: type[Config] | None = None,  # needed if it was a subclass
     device: torch.device | str = "cpu",  # of the policy
 ) -> Run:
     """The policy and the log of a run as of its last checkpoint, to look at.
