@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ import po_book.ppo
 import po_book.train
 from po_book.memory import ddpg_loss, dqn_loss
 from po_book.policies import make_deterministic_policy, make_q_policy
-from po_book.runner import Config, new_learner
+from po_book.rollout import critic_batch
+from po_book.runner import Algorithm, Config, new_learner, start_run
 from po_book.train import (
     ALGORITHMS,
     A2CConfig,
@@ -437,6 +440,116 @@ def test_trpo_logs_the_mean_value_loss(monkeypatch):
     learner = new_learner("CartPole-v1", 0, SMALL["trpo"])
     _, metrics = trpo_iteration(learner, SMALL["trpo"], 1.0)
     assert len(losses) > 3 and metrics["value_loss"].item() == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def spied(monkeypatch, algorithm: str, **settings) -> list[dict]:
+    "What each iteration of a run got and used: fraction left, rate and clip of every step."
+    rows = []
+    inner = ALGORITHMS[algorithm]
+
+    def iteration(learner, config, remaining):
+        row = {"remaining": remaining, "rates": [], "clips": []}
+        rows.append(row)
+        step, real = learner.optimizer.step, po_book.ppo.ppo_loss
+
+        def stepping():
+            row["rates"].append(float(learner.optimizer.param_groups[0]["lr"]))
+            return step()
+
+        def losing(*args, **kwargs):
+            row["clips"].append((kwargs["clip_low"], kwargs["clip_high"]))
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(learner.optimizer, "step", stepping)
+            patch.setattr(po_book.train, "ppo_loss", losing)
+            rollout, metrics = inner.iteration(learner, config, remaining)
+        row["epsilon"] = getattr(learner.policy, "epsilon", None)
+        row["sigma"] = getattr(learner.policy, "sigma", None)
+        return rollout, metrics
+
+    env = "Pendulum-v1" if algorithm == "ddpg" else "po_book/CartPole-v1"
+    config = replace(SMALL[algorithm], **settings)
+    algorithm_spied = Algorithm(inner.config, iteration)
+    run = start_run(algorithm, algorithm_spied, env, config, progress=False)
+    before = [0, *(row["steps"] for row in run.log)]
+    for row, steps in zip(rows, before):
+        row["left"] = 1 - steps / config.total_steps
+    return rows
+
+
+@pytest.mark.parametrize("algorithm", SMALL)
+def test_an_iteration_knows_how_much_of_the_run_is_left(algorithm, monkeypatch):
+    rows = spied(monkeypatch, algorithm)
+    assert rows[0]["remaining"] == 1.0 and len(rows) > 2
+    assert [row["remaining"] for row in rows] == pytest.approx([row["left"] for row in rows], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "algorithm, settings, falls",
+    [("ppo", {}, True), ("a2c", {}, True), ("dqn", {}, True), ("trpo", {}, False), ("reinforce", {}, False),
+     ("ddpg", {}, False), ("ppo", {"anneal": False}, False), ("a2c", {"anneal": False}, False), ("trpo", {"anneal": True}, True)],
+)
+def test_which_rate_each_step_used(algorithm, settings, falls, monkeypatch):
+    lr = SMALL[algorithm].lr
+    steps = 0
+    for row in spied(monkeypatch, algorithm, **settings):
+        steps += len(row["rates"])
+        assert row["rates"] == pytest.approx([lr * (row["left"] if falls else 1.0)] * len(row["rates"]))
+    assert steps > 2
+
+
+@pytest.mark.parametrize("settings, low, high", [({}, 0.2, 0.2), ({"clip": 0.1, "clip_high": 0.3}, 0.1, 0.3)])
+@pytest.mark.parametrize("anneal", [True, False])
+def test_which_clip_range_each_step_used(settings, low, high, anneal, monkeypatch):
+    for row in spied(monkeypatch, "ppo", anneal=anneal, **settings):
+        pace = row["left"] if anneal else 1.0
+        assert len(row["clips"]) == 4
+        for clip in row["clips"]:
+            assert clip == pytest.approx((low * pace, high * pace))
+
+
+def test_the_clip_range_at_a_quarter():
+    assert PPOConfig().band(0.25) == (0.05, 0.05) and PPOConfig(clip=None).band(0.25) == (1.0, np.inf)
+    assert PPOConfig(clip_high=0.4).band(0.5) == (0.1, 0.2)
+
+
+def test_exploration_of_dqn_and_ddpg_in_a_run(monkeypatch):
+    rows = spied(monkeypatch, "dqn", exploration=0.5, epsilon=0.1)
+    by_hand = [max(0.1, 1 - 0.9 * (1 - row["left"]) / 0.5) for row in rows]
+    assert [row["epsilon"] for row in rows] == pytest.approx(by_hand)
+    assert rows[0]["epsilon"] == 1.0 and rows[-1]["epsilon"] == 0.1
+    rows = spied(monkeypatch, "ddpg", sigma=0.25)
+    remembered = [64 * i for i in range(len(rows))]  # four environments, sixteen steps
+    assert [row["sigma"] for row in rows[:6]] == [1.0 if n < 200 else 0.25 for n in remembered[:6]]
+
+
+class Line(gym.Env):
+    "Walks on and never ends by itself; the reward is always 1."
+
+    observation_space = gym.spaces.Box(0, 100, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.at += 1
+        return np.array([self.at], np.float32), 1.0, False, False, {}
+
+
+def test_where_a_time_limit_cuts_the_next_state_still_has_a_value():
+    "A limit of 5, and a discount of .9: no step is worth less for being the last."
+    config = PPOConfig(n_envs=1, n_steps=11, gamma=0.9, lam=0.0)
+    learner = new_learner(lambda: gym.wrappers.TimeLimit(Line(), 5), 0, config)
+    rollout = learner.collect(11)
+    batch = critic_batch(learner.policy, rollout, 0.9, 0.0)
+    with torch.no_grad():
+        value, following = (learner.policy.value(x[rollout.valid]) for x in (rollout.obs, rollout.next_obs))
+    assert rollout.truncated.sum() >= 1 and not rollout.terminated.any()
+    torch.testing.assert_close(batch["advantages"], 1 + 0.9 * following - value)
 
 
 class Bandit(gym.Env):
