@@ -7,6 +7,7 @@ __all__ = ['MAX_LOG_RATIO', 'ratio', 'clipped_surrogate', 'value_loss', 'entropy
            'explained_variance', 'ppo_loss', 'kl_penalty', 'AdaptiveKL']
 
 # %% ../nbs/22_ppo.ipynb #7a000003
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,17 @@ def _check_clip(low: float, high: float, dual: float | None) -> None:
     check_at_least(0, clip_high=high)
     if dual is not None:
         require(dual > 1 + high, "dual_clip", "above 1 + clip_high", dual)
+
+# %% ../nbs/22_ppo.ipynb #3f1386fa
+def _band(low: float | None, high: float | None, dual: float | None) -> tuple:
+    "Bounds below and above one, checked; without a lower one there are none."
+    if low is None:
+        alone = high is None and dual is None
+        require(alone, "clip_low", "given with clip_high or dual_clip", low)
+        return 1.0, math.inf  # a ratio is never negative
+    high = low if high is None else high
+    _check_clip(low, high, dual)
+    return low, high
 
 # %% ../nbs/22_ppo.ipynb #12d96bd9
 def _clipped(
@@ -200,7 +212,7 @@ def ppo_loss(
     values: Float[Tensor, "*shape"],      # $V_\phi(s)$
     returns: Float[Tensor, "*shape"],     # target $G$ of the critic
     *,
-    clip_low: float | Tensor = 0.2,  # $\epsilon_{low}$
+    clip_low: float | Tensor | None = 0.2,  # $\epsilon_{low}$; None: no clip
     clip_high: float | Tensor | None = None,  # $\epsilon_{high}$; None takes clip_low
     dual_clip: float | None = None,       # largest ratio that counts where $\hat A<0$
     value_coef: float = 0.5,              # $c_v$, beside the 1/2 in the value loss
@@ -222,8 +234,7 @@ def ppo_loss(
     logp, logp_old, advantages, entropy, values, returns, values_old = keep(
         mask, logp, logp_old, advantages, entropy, values, returns, values_old
     )
-    clip = clip_low, clip_low if clip_high is None else clip_high
-    _check_clip(*clip, dual_clip)
+    clip = _band(clip_low, clip_high, dual_clip)
     check_detached(advantages=advantages)
     log_ratio = _log_ratio(logp, logp_old)
     rho = log_ratio.exp()

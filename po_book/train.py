@@ -4,40 +4,39 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'CriticConfig', 'A2CConfig', 'a2c_iteration',
-           'EpochsConfig', 'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration', 'MemoryConfig', 'DQNConfig',
-           'dqn_loss', 'dqn_iteration', 'DDPGConfig', 'ddpg_loss', 'ddpg_iteration', 'default_config', 'train',
+           'EpochsConfig', 'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration', 'default_config', 'train',
            'resume', 'load_run']
 
 # %% ../nbs/35_train.ipynb #1364a332
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from gymnasium.vector import VectorEnv
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
-from torch.nn.functional import mse_loss
 
-from .advantage import normalize, td_target
-from .checks import check_at_least, check_in, check_known, check_positive
-from .natural_gradient import trpo_step
-from .off_policy import deterministic_policy_loss
-from po_book.policies import (
-    Policy, make_deterministic_policy, make_policy, make_q_policy
+from .advantage import normalize
+from po_book.checks import (
+    check_at_least, check_in, check_known, check_positive, require
 )
+from .learner import Learner, mean_metrics
+from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
+from .natural_gradient import trpo_step
+from .policies import Policy, make_policy
 from .policy_gradient import discounted_returns, reinforce_loss
-from .ppo import ppo_loss, ratio, value_loss
+from .ppo import AdaptiveKL, approx_kl, ppo_loss, ratio, value_loss
 from po_book.rollout import (
     Env, Rollout, collect_episodes, critic_batch, minibatches
 )
 from po_book.runner import (
-    Algorithm, Config, Learner, Run, read_run, resume_run, start_run
+    Algorithm, Config, NewPolicy, Report, Run, check_whole, read_run, resume_run,
+    start_run,
 )
-from .value_based import Replay, q_loss, soft_update
 
 # %% ../nbs/35_train.ipynb #0948f33f
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class ReinforceConfig(Config):
     "Settings of REINFORCE; `n_envs` is the number of episodes an update."
 
     lr: float = 5e-3
+    needs: ClassVar = ("evaluate",)
 
 # %% ../nbs/35_train.ipynb #2aa489e3
 def reinforce_iteration(
@@ -75,10 +75,12 @@ class CriticConfig(Config):
     max_grad_norm: float = 0.5  # longest gradient, Euclidean norm
     anneal: bool = True  # let the learning rate (and PPO's clip range) fall to zero
     normalize_obs: bool = False  # scale observations by their running mean and variance
+    needs: ClassVar = ("evaluate", "value")
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(n_steps=self.n_steps, max_grad_norm=self.max_grad_norm)
+        check_whole(n_steps=self.n_steps)
         check_in("[0, 1]", lam=self.lam)
 
     def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
@@ -102,6 +104,11 @@ class A2CConfig(CriticConfig):
     lam: float = 0.95
     value_coef: float = 0.5    # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
+
+    def __post_init__(self):
+        super().__post_init__()
+        coefs = dict(value_coef=self.value_coef, entropy_coef=self.entropy_coef)
+        check_in("[0, inf)", **coefs)
 
 # %% ../nbs/35_train.ipynb #b5bfcddb
 def a2c_iteration(
@@ -136,11 +143,14 @@ class EpochsConfig(CriticConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(epochs=self.epochs, minibatch=self.minibatch)
+        check_whole(epochs=self.epochs, minibatch=self.minibatch)
 
-# %% ../nbs/35_train.ipynb #14178426
-def _means(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    "Mean of every metric over the gradient steps of an iteration."
-    return {k: torch.stack([m[k] for m in history]).mean() for k in history[0]}
+# %% ../nbs/35_train.ipynb #04b50868
+def _reached(policy: nn.Module, x: Tensor) -> set[nn.Parameter]:
+    "The weights that `x` depends on."
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(x.sum(), weights, allow_unused=True)
+    return {p for p, grad in zip(weights, grads) if grad is not None}
 
 # %% ../nbs/35_train.ipynb #44fc291d
 #| code-fold: true
@@ -152,11 +162,24 @@ class TRPOConfig(EpochsConfig):
     max_kl: float = 0.01     # radius of the trust region, in nats
     damping: float = 0.01    # added to the diagonal of the Fisher matrix
     cg_iterations: int = 10  # Fisher-vector products at most
+    needs: ClassVar = ("evaluate", "value", "distribution", "actor_parameters")
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(max_kl=self.max_kl, cg_iterations=self.cg_iterations)
+        check_whole(cg_iterations=self.cg_iterations)
         check_at_least(0, damping=self.damping)
+
+    def check_policy(self, policy: Policy, obs: Float[Tensor, "N D"]) -> None:
+        "Raises: `ValueError` unless the critic can be fitted without moving the actor."
+        super().check_policy(policy, obs)
+        actions = policy.act(obs, torch.Generator(obs.device).manual_seed(0))
+        logp, values = policy.evaluate(obs, actions)[0], policy.value(obs)
+        actor = {*policy.actor_parameters(), *_reached(policy, logp)}
+        shared = len(actor & _reached(policy, values))
+        apart = "one whose critic shares no weights with its actor"
+        hint = "PPO and A2C take such a policy"
+        require(not shared, "policy of TRPO", apart, f"{shared} shared tensors; {hint}")
 
 # %% ../nbs/35_train.ipynb #7a76e94f
 def trpo_iteration(
@@ -182,11 +205,13 @@ def trpo_iteration(
 
     actor, limits = policy.actor_parameters(), (config.max_kl, config.damping)
     metrics = trpo_step(actor, surrogate, divergence, *limits, config.cg_iterations)
+    history = []
     for _ in range(config.epochs):
         for part in minibatches(batch, config.minibatch, learner.generator):
             error = value_loss(policy.value(part["obs"]), part["returns"]).mean()
             learner.step(error, config.max_grad_norm)
-    return rollout, metrics | {"value_loss": error.detach()}
+            history.append({"value_loss": error.detach()})
+    return rollout, metrics | mean_metrics(history)
 
 # %% ../nbs/35_train.ipynb #d993d480
 #| code-fold: true
@@ -194,14 +219,49 @@ def trpo_iteration(
 class PPOConfig(EpochsConfig):
     "Settings of PPO."
 
-    clip: float = 0.2           # clip range of the ratio, at the start
+    clip: float | None = 0.2    # clip range of the ratio, at the start; None: no clip
+    clip_high: float | None = None  # the same above one; None: as `clip`
+    dual_clip: float | None = None  # largest ratio that counts where advantages are < 0
+    clip_value: float | None = None  # how far a value may move, in units of the return
     value_coef: float = 0.5     # weight of the value loss
     entropy_coef: float = 0.0   # weight of the entropy bonus
     normalize_advantages: bool = True  # to mean 0 and deviation 1, a minibatch
+    target_kl: float | None = None  # divergence after which epochs end, in nats
+    kl_coef: float = 0.0        # weight of the divergence in the loss, at the start
+    kl_target: float | None = None  # divergence for which `kl_coef` is adapted, in nats
 
     def __post_init__(self):
         super().__post_init__()
-        check_in("(0, 1)", clip=self.clip)
+        names = "value_coef", "entropy_coef", "kl_coef"
+        check_in("[0, inf)", **{name: getattr(self, name) for name in names})
+        names = "clip_high", "clip_value", "target_kl", "kl_target"
+        given = {name: getattr(self, name) for name in names}
+        check_positive(**{name: x for name, x in given.items() if x is not None})
+        low, high = self.band(1.0)
+        if self.clip is not None:
+            check_in("(0, 1)", clip=low)
+        elif self.clip_high is not None:
+            raise ValueError("clip_high needs a clip, with None nothing is clipped")
+        if self.dual_clip is not None:
+            check_in(f"({1 + high}, inf)", dual_clip=self.dual_clip)
+        if self.kl_target is not None:
+            require(self.kl_coef, "kl_coef", "positive, to be adapted", self.kl_coef)
+        if self.normalize_advantages and self.minibatch == 1:
+            raise ValueError("one transition has no deviation: with minibatch=1 set"
+                             " normalize_advantages=False")
+
+    def band(self, pace: float) -> tuple[float, float]:
+        "How far the ratio may go below one and above, at this share of the clip range."
+        if self.clip is None:
+            return 1.0, inf
+        high = self.clip if self.clip_high is None else self.clip_high
+        return self.clip * pace, high * pace
+
+    def prepare(self, policy: Policy) -> dict[str, Any]:
+        "The weight of the divergence, where it is adapted."
+        if self.kl_target is None:
+            return {}
+        return {"kl": AdaptiveKL(self.kl_target, self.kl_coef)}
 
 # %% ../nbs/35_train.ipynb #60cffaa4
 def ppo_iteration(
@@ -211,187 +271,44 @@ def ppo_iteration(
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Collect a rollout and improve the clipped objective on it for a few epochs."
     policy, pace = learner.policy, config.pace(remaining)
+    adaptive = learner.extra.get("kl")
 
-    def improve(clip, obs, actions, logp, advantages, returns) -> dict[str, Tensor]:
+    def improve(low, high, beta, obs, actions, logp, advantages, returns) -> dict:
         "One gradient step on a minibatch; `logp` is of the policy that sampled it."
+        values_old = None if config.clip_value is None else returns - advantages
         if config.normalize_advantages:
             advantages = normalize(advantages)
         now, entropy = policy.evaluate(obs, actions)
         data = now, logp, advantages, entropy, policy.value(obs), returns
+        low, high = (None, None) if config.clip is None else (low, high)
+        clips = dict(clip_low=low, clip_high=high, dual_clip=config.dual_clip)
+        clips |= dict(values_old=values_old, value_clip=config.clip_value)
         coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
-        loss, metrics = ppo_loss(*data, clip_low=clip, **coefs)
+        loss, metrics = ppo_loss(*data, **clips, **coefs)
+        if config.kl_coef:
+            loss = loss + beta * approx_kl(now, logp).mean()
         learner.step(loss, config.max_grad_norm)
         return metrics
 
     learner.set_lr(config.lr * pace)
     rollout = learner.collect(config.n_steps)
     batch = critic_batch(policy, rollout, config.gamma, config.lam)
-    history = [
-        learner.run("improve", improve, clip=config.clip * pace, **part)
-        for _ in range(config.epochs)
-        for part in minibatches(batch, config.minibatch, learner.generator)
-    ]
-    return rollout, _means(history)
-
-# %% ../nbs/35_train.ipynb #eab8ec53
-#| code-fold: true
-@dataclass(frozen=True)
-class MemoryConfig(Config):
-    "Settings that methods with a memory share."
-
-    n_steps: int = 16            # steps of every environment an iteration
-    updates: int = 128           # gradient steps an iteration
-    minibatch: int = 64          # transitions a gradient step
-    memory: int = 50_000         # transitions kept
-    learning_starts: int = 1000  # transitions before the first gradient step
-    tau: float = 0.03            # share of the way the copy goes after a gradient step
-    max_grad_norm: float = 5.0   # longest gradient, Euclidean norm
-
-    def __post_init__(self):
-        super().__post_init__()
-        positive = "n_steps", "updates", "minibatch", "memory", "max_grad_norm"
-        check_positive(**{name: getattr(self, name) for name in positive})
-        check_in("(0, 1]", tau=self.tau)
-        if not self.learning_starts <= self.memory:
-            got = f"{self.learning_starts} > {self.memory}"
-            raise ValueError(f"learning_starts must not exceed memory, got {got}")
-
-    def prepare(self, policy: Policy) -> dict[str, Any]:
-        "The memory, and a copy of the policy that follows slowly."
-        target = deepcopy(policy).requires_grad_(False)
-        return {"target": target, "replay": Replay(self.memory)}
-
-# %% ../nbs/35_train.ipynb #da70d0b2
-def _learn_from_memory(
-    learner: Learner,
-    config: MemoryConfig,
-    loss: Callable,  # (policy, target, batch, gamma) to a loss and metrics
-) -> tuple[Rollout, dict[str, Tensor]]:
-    "Remember a few steps, and take gradient steps on batches of what is remembered."
-    policy, generator = learner.policy, learner.generator
-    target, replay = learner.extra["target"], learner.extra["replay"]
-    rollout = learner.collect(config.n_steps)
-    columns = "obs", "actions", "rewards", "next_obs", "terminated"
-    replay.add(**{name: getattr(rollout, name)[rollout.valid] for name in columns})
-    if len(replay) < config.learning_starts:
-        return rollout, {}
+    low, high = config.band(pace)
+    asked = dict(low=low, high=high, beta=adaptive.beta if adaptive else config.kl_coef)
     history = []
-    for _ in range(config.updates):
-        batch = replay.sample(config.minibatch, generator)
-        value, metrics = loss(policy, target, batch, config.gamma)
-        learner.step(value, config.max_grad_norm)
-        soft_update(target, policy, config.tau)
-        history.append(metrics)
-    return rollout, _means(history)
-
-# %% ../nbs/35_train.ipynb #65b854c7
-#| code-fold: true
-@dataclass(frozen=True)
-class DQNConfig(MemoryConfig):
-    "Settings of DQN."
-
-    total_steps: int = 40_000
-    hidden: tuple[int, ...] = (128, 128)
-    lr: float = 2e-3
-    epsilon: float = 0.05     # share of random actions, after the exploration
-    exploration: float = 0.2  # fraction of the run in which it falls from 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(exploration=self.exploration)
-        check_in("[0, 1]", epsilon=self.epsilon)
-
-    def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
-        "Values of actions, and the greedy choice."
-        return make_q_policy(env, self.hidden, generator)
-
-# %% ../nbs/35_train.ipynb #893a8618
-def dqn_loss(
-    policy: Policy,  # learns
-    target: Policy,  # gives the targets
-    batch: dict[str, Tensor],  # transitions
-    gamma: float,    # discount
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Loss {eq}`eq-vb-loss` of a batch, and detached metrics.
-
-    Source: Mnih et al. 2015, algorithm 1.
-    """
-    with torch.no_grad():
-        best = target.q(batch["next_obs"]).amax(-1)
-        targets = td_target(batch["rewards"], best, batch["terminated"], gamma)
-    q = policy.q(batch["obs"])
-    loss = q_loss(q, batch["actions"], targets)
-    return loss, {"value_loss": loss.detach(), "q": q.detach().mean()}
-
-# %% ../nbs/35_train.ipynb #8028be86
-def dqn_iteration(
-    learner: Learner,
-    config: DQNConfig,
-    remaining: float,  # fraction of the run that is left
-) -> tuple[Rollout, dict[str, Tensor]]:
-    "Explore less than before, remember, and fit the values of actions."
-    explored = (1 - remaining) / config.exploration
-    learner.policy.epsilon = max(config.epsilon, 1 - explored * (1 - config.epsilon))
-    learner.set_lr(config.lr * remaining)
-    return _learn_from_memory(learner, config, dqn_loss)
-
-# %% ../nbs/35_train.ipynb #1e7fa034
-#| code-fold: true
-@dataclass(frozen=True)
-class DDPGConfig(MemoryConfig):
-    "Settings of DDPG."
-
-    total_steps: int = 12_000
-    n_envs: int = 8
-    n_steps: int = 4
-    updates: int = 32
-    minibatch: int = 128
-    lr: float = 1e-3
-    gamma: float = 0.98
-    tau: float = 0.005
-    max_grad_norm: float = 10.0
-    sigma: float = 0.2  # exploration noise, in half-widths of the action bounds
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(sigma=self.sigma)
-
-    def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
-        "One action an observation, and its value."
-        return make_deterministic_policy(env, self.hidden, generator)
-
-# %% ../nbs/35_train.ipynb #830a79b6
-def ddpg_loss(
-    policy: Policy,  # learns
-    target: Policy,  # gives the targets
-    batch: dict[str, Tensor],  # transitions
-    gamma: float,    # discount
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Loss of the critic plus loss {eq}`eq-op-actor` of the actor, and metrics.
-
-    Source: Lillicrap et al. 2016, algorithm 1.
-    """
-    obs, next_obs = batch["obs"], batch["next_obs"]
-    with torch.no_grad():
-        follows = target.q(next_obs, target.mean(next_obs))
-        targets = td_target(batch["rewards"], follows, batch["terminated"], gamma)
-    value_loss = mse_loss(policy.q(obs, batch["actions"]), targets)
-    policy.critic.requires_grad_(False)
-    actor_loss = deterministic_policy_loss(policy.q, policy.mean, obs)
-    policy.critic.requires_grad_(True)
-    metrics = {"value_loss": value_loss.detach(), "q": -actor_loss.detach()}
-    return value_loss + actor_loss, metrics
-
-# %% ../nbs/35_train.ipynb #c944ffc9
-def ddpg_iteration(
-    learner: Learner,
-    config: DDPGConfig,
-    remaining: float,  # fraction of the run that is left
-) -> tuple[Rollout, dict[str, Tensor]]:
-    "Remember a few noisy steps; fit the critic, and let the actor climb it."
-    fresh = len(learner.extra["replay"]) < config.learning_starts
-    learner.policy.sigma = 1.0 if fresh else config.sigma
-    return _learn_from_memory(learner, config, ddpg_loss)
+    for _ in range(config.epochs):
+        parts = minibatches(batch, config.minibatch, learner.generator)
+        epoch = [learner.run("improve", improve, **asked, **part) for part in parts]
+        history += epoch
+        if config.target_kl and mean_metrics(epoch)["approx_kl"] > config.target_kl:
+            break
+    metrics = mean_metrics(history)
+    if adaptive:
+        with torch.no_grad():
+            now = policy.evaluate(batch["obs"], batch["actions"])[0]
+        adaptive.update(approx_kl(now, batch["logp"]).mean())
+        metrics["kl_coef"] = asked["beta"]
+    return rollout, metrics
 
 # %% ../nbs/35_train.ipynb #927fc9fd
 ALGORITHMS: dict[str, Algorithm] = {
@@ -442,7 +359,9 @@ def train(
     config: Config | None = None,        # None: `default_config`
     out: Path | str | None = None,       # folder for checkpoints and the log
     progress: bool = True,               # show a progress bar
-    report: Callable[[dict[str, float]], None] | None = None,  # gets every row
+    report: Report | None = None,        # gets every row; may stop the run
+    policy: NewPolicy | None = None,     # None: what `config` makes
+    eval_env: Env | None = None,         # of evaluations; None: as `env`
 ) -> Run:
     """Train `algorithm` on `env`.
 
@@ -451,14 +370,19 @@ def train(
     the algorithm's metrics, and the `mean_return` of fresh episodes where an evaluation
     was due. The same seed on the same device gives the same run.
 
+    `report` is called with the row, or, if it has three parameters, with the row, the
+    `Run` and the `Learner`. If it returns `False` the run is saved and ends there.
+
     Raises: `ValueError` if the algorithm is unknown, if `config` belongs to another, if
-    no policy fits the environment's spaces, if an observation or a reward is not
-    finite, if the device is not there or `out` holds a run; `Diverged` if the weights
-    are not finite; `gymnasium.error.Error` if the environment is not registered.
+    no policy fits the environment's spaces or the one that is given lacks what the
+    method needs, if an observation or a reward is not finite, if the device is not
+    there or `out` holds a run; `Diverged` if the weights are not finite;
+    `gymnasium.error.Error` if the environment is not registered.
     """
     default = default_config(algorithm, env)
     config = default if config is None else config
     how = dict(seed=seed, device=device, backend=backend)
+    how |= dict(policy=policy, eval_env=eval_env)
     shown = dict(out=out, progress=progress, report=report)
     return start_run(algorithm, ALGORITHMS[algorithm], env, config, **how, **shown)
 
@@ -468,18 +392,22 @@ def resume(
     out: Path | str,         # folder that `train` was given
     *,
     env: Env | None = None,  # needed if the run was not given an id
+    eval_env: Env | None = None,  # needed if the run had one without an id
+    policy: NewPolicy | None = None,  # needed if the run was given one
+    config: type[Config] | None = None,  # needed if it was a subclass
     progress: bool = True,   # show a progress bar
-    report: Callable[[dict[str, float]], None] | None = None,  # gets every new row
+    report: Report | None = None,  # gets every new row; may stop the run
 ) -> Run:
     """Go on with a run from its last checkpoint, to its end.
 
     On the CPU the result is bit for bit that of a run that was never stopped. A run
     that was finished is returned as it is.
 
-    Raises: `ValueError` if `out` holds no run or a file in it is damaged, and what
-    `train` raises.
+    Raises: `ValueError` if `out` holds no run or a file in it is damaged, if
+    something is not given that must be, and what `train` raises.
     """
-    return resume_run(out, ALGORITHMS, env=env, progress=progress, report=report)
+    given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
+    return resume_run(out, ALGORITHMS, progress=progress, report=report, **given)
 
 # %% ../nbs/35_train.ipynb #fcd98d1f
 #| code-fold: true
@@ -487,10 +415,15 @@ def load_run(
     out: Path | str,         # folder that `train` was given
     *,
     env: Env | None = None,  # needed if the run was not given an id
+    eval_env: Env | None = None,  # needed if the run had one without an id
+    policy: NewPolicy | None = None,  # needed if the run was given one
+    config: type[Config] | None = None,  # needed if it was a subclass
     device: torch.device | str = "cpu",  # of the policy
 ) -> Run:
     """The policy and the log of a run as of its last checkpoint, to look at.
 
-    Raises: `ValueError` if `out` holds no checkpoint or a file in it is damaged.
+    Raises: `ValueError` if `out` holds no checkpoint, a file in it is damaged, or
+    something is not given that must be.
     """
-    return read_run(out, ALGORITHMS, env=env, device=device)
+    given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
+    return read_run(out, ALGORITHMS, device=device, **given)

@@ -536,3 +536,14 @@ def test_bounds_may_be_tensors():
         loss.backward()
         results.append(torch.stack([loss, *metrics.values(), *logp.grad]).detach())
     assert torch.equal(*results)
+
+
+def test_without_a_clip_the_loss_is_that_of_the_plain_ratio():
+    draw = torch.Generator().manual_seed(0)
+    logp, old, advantages, values, returns = torch.randn(5, 64, generator=draw)
+    loss, metrics = ppo_loss(logp, old, advantages, torch.zeros(64), values, returns, clip_low=None, value_coef=0.0)
+    torch.testing.assert_close(loss, -((logp - old).exp() * advantages).mean())
+    assert metrics["clip_fraction"] == 0
+    for more in {"clip_high": 0.2}, {"dual_clip": 3.0}:
+        with pytest.raises(ValueError, match="clip_low must be given with clip_high or dual_clip, got None"):
+            ppo_loss(logp, old, advantages, torch.zeros(64), values, returns, clip_low=None, **more)

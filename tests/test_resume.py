@@ -7,16 +7,17 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from test_runner import Trunk, TrunkConfig
 from test_train import SMALL, Bandit
 
 from po_book.checkpoint import load_checkpoint
-from po_book.runner import Diverged
+from po_book.runner import Config, Diverged
 from po_book.train import ALGORITHMS, PPOConfig, load_run, resume, train
 
 EVERY = dict(checkpoint_every=300, eval_every=500, eval_episodes=5)
@@ -225,3 +226,60 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     config = PPOConfig(total_steps=12_000, n_envs=4, n_steps=32, minibatch=64, epochs=2, checkpoint_every=256)
     same(resume(out, progress=False), train("ppo", "CartPole-v1", seed=5, config=config, progress=False))
     assert np.all(np.diff([row["steps"] for row in load_run(out).log]) > 0)
+
+
+def test_a_run_with_its_own_policy_is_resumed_with_it(tmp_path):
+    config = CONFIGS["ppo"]
+    with pytest.raises(Stop):
+        train("ppo", "CartPole-v1", config=config, policy=Trunk, out=tmp_path, progress=False, report=stop_after(800))
+    assert json.loads((tmp_path / "run.json").read_text())["own"] == ["policy"]
+    for use in resume, load_run:
+        with pytest.raises(ValueError, match="was trained with its own policy: give policy"):
+            use(tmp_path)
+    whole = train("ppo", "CartPole-v1", config=config, policy=Trunk, progress=False)
+    same(resume(tmp_path, policy=Trunk(), progress=False), whole)
+    same(load_run(tmp_path, policy=Trunk), whole)
+
+
+@dataclass(frozen=True)
+class OddConfig(TrunkConfig):
+    "A subclass with fields of its own."
+
+    pairs: tuple[tuple[int, float], ...] = ((1, 0.5), (2, 0.25))
+
+
+def test_a_run_with_settings_of_a_subclass_is_resumed_with_them(tmp_path):
+    config = OddConfig(**vars(CONFIGS["ppo"]) | {"hidden": (8, 8)})
+    whole = train("ppo", "CartPole-v1", config=config, progress=False)
+    stopped = train("ppo", "CartPole-v1", config=config, out=tmp_path, progress=False, report=lambda row: row["steps"] < 800)
+    assert not stopped.finished
+    for use in resume, load_run:
+        with pytest.raises(ValueError, match="was trained with its own config: give config"):
+            use(tmp_path)
+    loaded = load_run(tmp_path, config=OddConfig)
+    assert loaded.config == config and loaded.config.pairs == ((1, 0.5), (2, 0.25)) and loaded.config.hidden == (8, 8)
+    same(resume(tmp_path, config=OddConfig, progress=False), whole)
+    with pytest.raises(ValueError, match="config of ppo must be a PPOConfig, got Other"):
+        load_run(tmp_path, config=dataclass(frozen=True)(type("Other", (Config,), {"__init__": lambda self, **kw: None})))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_that_its_report_stops_is_saved_and_goes_on(algorithm, tmp_path):
+    env, config = env_of(algorithm), replace(CONFIGS[algorithm], checkpoint_every=10**6)
+    stopped = train(algorithm, env, config=config, out=tmp_path, progress=False, report=lambda row, run, learner: run.steps < 700)
+    assert 700 <= stopped.steps < 1500 and not stopped.finished
+    same(load_run(tmp_path), stopped)
+    same(resume(tmp_path, progress=False), train(algorithm, env, config=config, progress=False))
+
+
+def test_a_run_on_a_vector_is_resumed_with_its_eval_env(tmp_path):
+    def vector():
+        return gym.make_vec("CartPole-v1", num_envs=4)
+
+    config = CONFIGS["ppo"]
+    train("ppo", vector(), eval_env="CartPole-v1", config=config, out=tmp_path / "a", progress=False, report=lambda row: False)
+    assert resume(tmp_path / "a", env=vector(), progress=False).curve("mean_return")[0]
+    train("ppo", vector(), eval_env=Bandit, config=replace(config, eval_every=0), out=tmp_path / "b", progress=False)
+    with pytest.raises(ValueError, match="its own eval_env: give eval_env"):
+        load_run(tmp_path / "b", env=vector())
+    assert load_run(tmp_path / "b", env="CartPole-v1", eval_env="CartPole-v1").eval_env == "CartPole-v1"

@@ -9,17 +9,19 @@ import pytest
 import torch
 from test_train import SMALL, Bandit, quick, vector
 
-import po_book.runner
+import po_book.learner
 from po_book.advantage import normalize
 from po_book.checkpoint import load_checkpoint, save_checkpoint
 from po_book.policies import make_policy
 from po_book.ppo import ppo_loss
+from po_book.rollout import collect_episodes
 from po_book.runner import (
     Algorithm,
     Config,
     Diverged,
     find_device,
     flatten_parameters,
+    new_learner,
     read_run,
     resume_run,
     start_run,
@@ -172,7 +174,7 @@ def test_a_backend_gets_the_same_function_and_numbers_as_tensors(monkeypatch):
             return {name: x.clone() for name, x in function(**inputs).items()}
         return run
 
-    monkeypatch.setitem(po_book.runner.BACKENDS, "counting", counting)
+    monkeypatch.setitem(po_book.learner.BACKENDS, "counting", counting)
     env = "po_book/CartPole-v1"  # never loses a row, so all minibatches are of one shape
     runs = [quick("ppo", env=env, backend=backend) for backend in ("eager", "counting")]
     assert prepared == ["improve"]
@@ -239,28 +241,178 @@ def test_the_loop_knows_no_method_and_keeps_what_a_method_keeps(tmp_path):
     assert a == b and [n for n, _ in a] == list(range(1, len(a) + 1))
 
 
+class Trunk(torch.nn.Module):
+    "Actor and critic share a layer."
+
+    def __init__(self, env=None):
+        super().__init__()
+        self.body = torch.nn.Linear(4, 8)
+        self.actor, self.critic = torch.nn.Linear(8, 2), torch.nn.Linear(8, 1)
+
+    def features(self, obs):
+        return self.body(obs).tanh()
+
+    def distribution(self, obs):
+        return torch.distributions.Categorical(logits=self.actor(self.features(obs)))
+
+    def act(self, obs, generator=None):
+        return torch.multinomial(self.distribution(obs).probs, 1, generator=generator)[:, 0]
+
+    def evaluate(self, obs, actions):
+        chosen = self.distribution(obs)
+        return chosen.log_prob(actions), chosen.entropy()
+
+    def value(self, obs):
+        return self.critic(self.features(obs))[..., 0]
+
+    def actor_parameters(self):
+        return [*self.body.parameters(), *self.actor.parameters()]
+
+
+class Apart(Trunk):
+    "The critic reads the shared layer and leaves it as it is."
+
+    def value(self, obs):
+        return self.critic(self.features(obs).detach())[..., 0]
+
+
+class TrunkConfig(PPOConfig):
+    "Settings that bring their own policy."
+
+    def make_policy(self, env, generator):
+        return Trunk()
+
+
 def test_a_subclass_of_a_configuration_brings_its_own_policy():
-    class Plain(torch.nn.Module):
-        def __init__(self):
+    run = quick("ppo", config=TrunkConfig(total_steps=300, n_envs=4))
+    assert isinstance(run.policy, Trunk) and run.steps >= 300
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "a2c", "reinforce"])
+def test_a_policy_with_a_shared_layer_is_trained_and_by_the_seed_alone(algorithm):
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    runs = [quick(algorithm, policy=Trunk, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(before, torch.random.get_rng_state())
+    a, b, c = (torch.cat([p.flatten() for p in run.policy.parameters()]) for run in runs)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    start = new_learner("CartPole-v1", 0, SMALL[algorithm], policy=Trunk).policy
+    moved = [not torch.equal(p, q) for p, q in zip(start.parameters(), runs[0].policy.parameters())]
+    assert moved == [True] * 4 + [algorithm != "reinforce"] * 2  # body, actor, critic
+
+
+def test_a_module_is_trained_itself_and_the_function_sees_the_spaces():
+    policy, seen = Trunk().eval(), []
+    start = [p.detach().clone() for p in policy.parameters()]
+    assert quick("ppo", policy=policy).policy is policy and policy.training
+    assert not any(map(torch.equal, policy.parameters(), start))
+
+    def make(env):
+        seen.append((env.single_observation_space.shape, int(env.single_action_space.n)))
+        return policy
+
+    quick("ppo", policy=make)
+    assert seen == [((4,), 2)]
+
+
+def test_a_policy_that_is_given_is_the_one_that_would_be_made():
+    "Equal weights, equal run."
+    made = make_policy(vector("CartPole-v1"), generator=torch.Generator().manual_seed(0))
+    runs = quick("ppo", policy=made), quick("ppo")
+    assert all(map(torch.equal, *(run.policy.parameters() for run in runs)))
+
+
+def test_trpo_refuses_a_critic_that_moves_the_actor():
+    with pytest.raises(ValueError, match="policy of TRPO must be one whose critic shares no weights with its actor, got 2"):
+        quick("trpo", policy=Trunk)
+    learner = new_learner("CartPole-v1", 0, SMALL["trpo"], policy=Apart)
+    before = [p.detach().clone() for p in learner.policy.parameters()]
+    ALGORITHMS["trpo"].iteration(learner, SMALL["trpo"], 1.0)
+    assert not any(map(torch.equal, learner.policy.parameters(), before))
+
+
+METHODS_NEED = {
+    "reinforce": ["evaluate"],
+    "a2c": ["evaluate", "value"],
+    "ppo": ["evaluate", "value"],
+    "trpo": ["evaluate", "value", "distribution", "actor_parameters"],
+    "dqn": ["q", "epsilon"],
+    "ddpg": ["mean", "q", "critic", "sigma"],
+}
+
+
+@pytest.mark.parametrize("algorithm, name", [(a, n) for a, names in METHODS_NEED.items() for n in names])
+def test_what_a_policy_lacks_is_named(algorithm, name):
+    class Lacking(torch.nn.Module):
+        def __init__(self, env):
             super().__init__()
-            self.actor, self.critic = torch.nn.Linear(4, 2), torch.nn.Linear(4, 1)
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            for other in METHODS_NEED[algorithm]:
+                if other != name:
+                    setattr(self, other, None)
 
         def act(self, obs, generator=None):
-            return torch.multinomial(self.actor(obs).softmax(-1), 1, generator=generator)[:, 0]
+            raise NotImplementedError
 
-        def evaluate(self, obs, actions):
-            logp = self.actor(obs).log_softmax(-1)
-            return logp.gather(-1, actions[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+    need = ", ".join(["act", *METHODS_NEED[algorithm]])
+    with pytest.raises(ValueError, match=f"policy must be a module with {need}, got Lacking without {name}$"):
+        quick(algorithm, policy=Lacking)
 
-        def value(self, obs):
-            return self.critic(obs)[..., 0]
 
-    class PlainConfig(PPOConfig):
-        def make_policy(self, env, generator):
-            return Plain()
+@pytest.mark.parametrize(
+    "policy, message",
+    [
+        (torch.nn.Linear(4, 2), "a module with act.obs, generator., got Linear"),
+        ("mlp", "a module with act.obs, generator., got str"),
+        (lambda env: None, "a module with act.obs, generator., got NoneType"),
+        (Trunk().requires_grad_(False), "a module with weights to train, got Trunk"),
+    ],
+)
+def test_what_is_no_policy(policy, message):
+    with pytest.raises(ValueError, match=f"policy must be {message}"):
+        quick("ppo", policy=policy)
 
-    run = quick("ppo", config=PlainConfig(total_steps=300, n_envs=4))
-    assert isinstance(run.policy, Plain) and run.steps >= 300
+
+class Bright(gym.Env):
+    "Ten pictures of 8 x 8; the reward is 1 where the action names the bright half."
+
+    observation_space = gym.spaces.Box(0, 255, (1, 8, 8), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.picture(), {}
+
+    def picture(self):
+        self.right = int(self.np_random.integers(2))
+        picture = self.np_random.integers(0, 100, (1, 8, 8))
+        picture[:, :, 4 * self.right : 4 * self.right + 4] += 100
+        return picture.astype(np.uint8)
+
+    def step(self, action):
+        self.steps += 1
+        reward = float(action == self.right)
+        return self.picture(), reward, self.steps == 10, False, {}
+
+
+class Looks(Trunk):
+    "The trunk is a convolution."
+
+    def __init__(self, env):
+        super().__init__()
+        self.shape = env.single_observation_space.shape
+        conv, flat = torch.nn.Conv2d(1, 4, 4, stride=4), torch.nn.Flatten()
+        self.body = torch.nn.Sequential(conv, torch.nn.ReLU(), flat, torch.nn.Linear(16, 8))
+
+    def features(self, obs):
+        return self.body(obs.reshape(-1, *self.shape) / 255 - 0.5).reshape(*obs.shape[:-1], 8).tanh()
+
+
+def test_a_network_for_images():
+    config = PPOConfig(total_steps=16_000, n_envs=16, n_steps=32, lr=1e-2)
+    run = quick("ppo", env=Bright, policy=Looks, config=config)
+    assert run.log[0]["return"] < 7 and run.evaluate().mean() > 9
 
 
 def test_a_policy_that_cannot_act_is_refused():
@@ -279,3 +431,54 @@ def test_a_checkpoint_without_what_methods_keep_is_refused(tmp_path):
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     with pytest.raises(ValueError, match="another version of po_book"):
         resume_run(tmp_path, ALGORITHMS, progress=False)
+
+
+def better_half(learner, config, remaining):
+    rollout = collect_episodes(learner.policy, learner.stepper, learner.generator)
+    returns = (rollout.rewards * rollout.valid).sum(0)
+    better = rollout.valid & (returns > returns.median())
+    logp, _ = learner.policy.evaluate(rollout.obs, rollout.actions)
+    learner.step(-(logp * better).sum() / better.sum().clamp(min=1))
+    return rollout, {}
+
+
+def test_an_algorithm_of_ones_own_in_ten_lines():
+    config = Config(total_steps=20_000, lr=1e-2)
+    run = start_run("better half", Algorithm(Config, better_half), "CartPole-v1", config, progress=False)
+    assert run.algorithm == "better half" and run.log[0]["return"] < 40 < 80 < run.log[-1]["return"]
+
+
+def test_a_report_gets_the_row_and_if_it_takes_them_the_run_and_the_learner():
+    rows, triples = [], []
+    run = quick("ppo", report=rows.append)
+    assert rows == run.log
+
+    def watch(row, run, learner):
+        triples.append((row, run, learner.policy))
+
+    run = quick("ppo", report=watch)
+    assert [row for row, _, _ in triples] == run.log
+    assert all(r is run and p is run.policy for _, r, p in triples)
+    quick("ppo", report=lambda *row: rows.append(row))
+    assert len(rows[-1]) == 1
+
+
+def test_only_false_stops():
+    for answer in None, 0, True, "":
+        assert quick("ppo", report=lambda row: answer).finished
+    assert len(quick("ppo", report=lambda row: False).log) == 1
+
+
+def test_evaluations_are_played_in_eval_env():
+    vector_env = gym.make_vec("CartPole-v1", num_envs=4)
+    config = replace(SMALL["ppo"], eval_every=500, eval_episodes=5)
+    run = quick("ppo", env=vector_env, eval_env="CartPole-v1", config=config)
+    plain = quick("ppo", config=config)
+    assert run.curve("mean_return") == plain.curve("mean_return") and run.curve("mean_return")[0]
+    assert all(map(torch.equal, run.policy.parameters(), plain.policy.parameters()))
+    # Ten steps of reward 0 or 1 are not CartPole's.
+    twos = quick("ppo", env=Bandit, eval_env=lambda: gym.wrappers.TransformReward(Bandit(), lambda r: 2.0), config=config)
+    assert set(twos.curve("mean_return")[1]) == {20.0} and twos.evaluate(3).tolist() == [20.0] * 3
+    for missing in None, vector_env:
+        with pytest.raises(ValueError, match="an evaluation needs fresh environments: give eval_env, or set eval_every to 0"):
+            quick("ppo", env=vector_env, eval_env=missing, config=config)

@@ -1,11 +1,16 @@
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+import po_book.ppo
 import po_book.train
+from po_book.memory import ddpg_loss, dqn_loss
 from po_book.policies import make_deterministic_policy, make_q_policy
-from po_book.runner import Config, new_learner
+from po_book.rollout import critic_batch
+from po_book.runner import Algorithm, Config, new_learner, start_run
 from po_book.train import (
     ALGORITHMS,
     A2CConfig,
@@ -14,8 +19,6 @@ from po_book.train import (
     PPOConfig,
     ReinforceConfig,
     TRPOConfig,
-    ddpg_loss,
-    dqn_loss,
     train,
     trpo_iteration,
 )
@@ -256,6 +259,30 @@ def test_an_unknown_environment():
         ({"minibatch": 0}, "minibatch must be positive"),
         ({"lam": -0.1}, "lam must be in"),
         ({"clip": 1.0}, "clip must be in"),
+        ({"hidden": (64, 0)}, r"hidden\[1\] must be positive, got 0"),
+        ({"hidden": (64, 2.5)}, r"hidden\[1\] must be a whole number, got 2.5"),
+        ({"n_envs": 2.5}, "n_envs must be a whole number, got 2.5"),
+        ({"n_steps": 2.5}, "n_steps must be a whole number, got 2.5"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"minibatch": 1e3}, "minibatch must be a whole number, got 1000.0"),
+        ({"total_steps": float("inf")}, "total_steps must be a whole number, got inf"),
+        ({"checkpoint_every": 0.5}, "checkpoint_every must be a whole number, got 0.5"),
+        ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
+        ({"eval_every": 0.5}, "eval_every must be a whole number, got 0.5"),
+        ({"eval_episodes": 1.5}, "eval_episodes must be a whole number, got 1.5"),
+        ({"lr": float("inf")}, r"lr must be in \(0, inf\), got inf"),
+        ({"lr": float("nan")}, "lr must be positive, got nan"),
+        ({"value_coef": -0.5}, r"value_coef must be in \[0, inf\), got -0.5"),
+        ({"entropy_coef": float("nan")}, r"entropy_coef must be in \[0, inf\), got nan"),
+        ({"kl_coef": float("inf")}, "kl_coef must be in"),
+        ({"minibatch": 1}, "one transition has no deviation: with minibatch=1 set normalize_advantages=False"),
+        ({"clip": None, "clip_high": 0.2}, "clip_high needs a clip"),
+        ({"clip_high": 0.0}, "clip_high must be positive"),
+        ({"dual_clip": 1.2}, r"dual_clip must be in \(1.2, inf\), got 1.2"),
+        ({"clip": None, "dual_clip": 3.0}, "dual_clip must be in"),
+        ({"clip_value": 0.0}, "clip_value must be positive"),
+        ({"target_kl": -0.1}, "target_kl must be positive"),
+        ({"kl_target": 0.01}, "kl_coef must be positive, to be adapted, got 0"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -274,11 +301,255 @@ def test_bad_settings(settings, message):
         (DQNConfig, {"memory": 100}, "learning_starts must not exceed memory, got 1000 > 100"),
         (DDPGConfig, {"sigma": 0.0}, "sigma must be positive"),
         (DDPGConfig, {"updates": 0}, "updates must be positive"),
+        (DDPGConfig, {"updates": 2.5}, "updates must be a whole number, got 2.5"),
+        (DDPGConfig, {"sigma": float("inf")}, "sigma must be in"),
+        (DQNConfig, {"learning_starts": -1}, "learning_starts must be at least 0, got -1"),
+        (DQNConfig, {"memory": 2000.5}, "memory must be a whole number, got 2000.5"),
+        (DQNConfig, {"exploration": float("nan")}, "exploration must be in"),
+        (TRPOConfig, {"cg_iterations": 2.5}, "cg_iterations must be a whole number, got 2.5"),
+        (A2CConfig, {"value_coef": float("inf")}, "value_coef must be in"),
+        (ReinforceConfig, {"n_envs": 2.5}, "n_envs must be a whole number, got 2.5"),
     ],
 )
 def test_bad_settings_of_other_methods(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+def test_settings_at_their_edges():
+    PPOConfig(minibatch=1, normalize_advantages=False, value_coef=0, kl_coef=0, eval_every=0, hidden=())
+    PPOConfig(clip=None, kl_coef=1.0, kl_target=0.01)
+    DQNConfig(learning_starts=0)
+
+
+FAST = dict(total_steps=1200, n_envs=4, n_steps=32, minibatch=64, lr=3e-2, anneal=False)
+
+
+def test_without_a_clip_nothing_is_clipped():
+    clipped = [quick("ppo", config=PPOConfig(**FAST, clip=clip)) for clip in (0.2, None)]
+    fractions = [[row["clip_fraction"] for row in run.log] for run in clipped]
+    assert min(fractions[0]) > 0.05 and set(fractions[1]) == {0.0}
+    largest = [max(row["approx_kl"] for row in run.log) for run in clipped]
+    assert largest[1] > 2 * largest[0]
+
+
+def flat(policy) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def gradient(monkeypatch, ratio: float, **settings) -> tuple:
+    "Gradient of a step on a rollout whose old log-probabilities are moved by -log(ratio)."
+    config = PPOConfig(**dict(n_envs=4, n_steps=32, minibatch=10_000, epochs=1, anneal=False) | settings)
+    learner = new_learner("CartPole-v1", 0, config)
+    made = po_book.train.critic_batch
+
+    def moved(*args):
+        batch = made(*args)
+        return batch | {"logp": batch["logp"] - np.log(ratio), "returns": batch["returns"] + 3}
+
+    monkeypatch.setattr(po_book.train, "critic_batch", moved)
+    monkeypatch.setattr(learner.optimizer, "step", lambda: None)
+    _, metrics = ALGORITHMS["ppo"].iteration(learner, config, 1.0)
+    monkeypatch.setattr(po_book.train, "critic_batch", made)
+    actor, critic = (torch.cat([p.grad.flatten() for p in net.parameters()]) for net in (learner.policy.actor, learner.policy.critic))
+    return actor.clone(), critic.clone(), metrics
+
+
+def test_the_range_above_one_is_its_own(monkeypatch):
+    "At a ratio of 1.25 everything with a positive advantage is outside 0.2, and inside 0.3."
+    for settings, outside in [({}, 1.0), ({"clip_high": 0.3}, 0.0), ({"clip": 0.3, "clip_high": 0.2}, 1.0)]:
+        assert gradient(monkeypatch, 1.25, **settings)[2]["clip_fraction"] == outside
+    for settings, outside in [({}, 1.0), ({"clip_high": 0.3}, 1.0), ({"clip": 0.3, "clip_high": 0.1}, 0.0)]:
+        assert gradient(monkeypatch, 0.75, **settings)[2]["clip_fraction"] == outside
+    wide, none = gradient(monkeypatch, 1.25, clip_high=0.3), gradient(monkeypatch, 1.25, clip=None)
+    torch.testing.assert_close(wide[0], none[0])
+
+
+def test_the_dual_clip_ends_the_push_of_large_ratios(monkeypatch):
+    "At a ratio of 5 positive advantages are clipped; with the dual clip negative ones are, too."
+    large = dict(max_grad_norm=1e9)
+    assert gradient(monkeypatch, 5.0, **large)[0].norm() > 0.1
+    assert gradient(monkeypatch, 5.0, dual_clip=3.0, **large)[0].norm() == 0
+    torch.testing.assert_close(gradient(monkeypatch, 5.0, dual_clip=6.0, **large)[0], gradient(monkeypatch, 5.0, **large)[0])
+
+
+def test_the_value_clip_is_around_the_values_of_the_rollout(monkeypatch):
+    seen = []
+    def spy(*args, **kwargs):
+        seen.append((args[4].detach(), kwargs["values_old"], kwargs["value_clip"]))
+        return po_book.ppo.ppo_loss(*args, **kwargs)
+
+    monkeypatch.setattr(po_book.train, "ppo_loss", spy)
+    config = PPOConfig(clip_value=0.01, **FAST)
+    learner = new_learner("CartPole-v1", 0, config)
+    ALGORITHMS["ppo"].iteration(learner, config, 1.0)
+    first, old, clip = seen[0]
+    assert clip == 0.01
+    torch.testing.assert_close(first, old, atol=1e-5, rtol=0)
+    assert (seen[-1][0] - seen[-1][1]).abs().max() > 0.1
+    seen.clear()
+    plain = PPOConfig(**FAST)
+    ALGORITHMS["ppo"].iteration(new_learner("CartPole-v1", 0, plain), plain, 1.0)
+    assert seen[0][1:] == (None, None)
+
+
+def test_epochs_end_where_the_divergence_is_above_its_target(monkeypatch):
+    epochs = []
+    made = po_book.train.minibatches
+    monkeypatch.setattr(po_book.train, "minibatches", lambda *args: epochs.append(1) or made(*args))
+    used = {}
+    for target in None, 1e-9, 1e9:
+        epochs.clear()
+        config = PPOConfig(**FAST, target_kl=target)
+        _, metrics = ALGORITHMS["ppo"].iteration(new_learner("CartPole-v1", 0, config), config, 1.0)
+        used[target] = len(epochs)
+    assert used == {None: 8, 1e-9: 1, 1e9: 8}
+    config = PPOConfig(**FAST, target_kl=0.02)
+    epochs.clear()
+    ALGORITHMS["ppo"].iteration(new_learner("CartPole-v1", 0, config), config, 1.0)
+    assert 1 < len(epochs) < 8
+
+
+def test_the_penalty_holds_the_policy_back():
+    runs = [quick("ppo", config=PPOConfig(**FAST, clip=None, kl_coef=beta)) for beta in (0.0, 30.0)]
+    moved = [np.mean([row["approx_kl"] for row in run.log]) for run in runs]
+    assert moved[1] < moved[0] / 5
+
+
+def test_the_weight_of_the_penalty_is_adapted_once_an_iteration(tmp_path):
+    def weights(target):
+        run = quick("ppo", config=PPOConfig(**FAST, clip=None, kl_coef=1.0, kl_target=target))
+        return [row["kl_coef"] for row in run.log]
+
+    assert weights(1e-9)[:4] == [1.0, 2.0, 4.0, 8.0] and weights(1e9)[:4] == [1.0, 0.5, 0.25, 0.125]
+    assert "kl_coef" not in quick("ppo", config=PPOConfig(**FAST, kl_coef=1.0)).log[0]
+    config = PPOConfig(**FAST, clip=None, kl_coef=1.0, kl_target=1e-9)
+    quick("ppo", config=config, out=tmp_path, report=lambda row: row["steps"] < 500)
+    assert [row["kl_coef"] for row in po_book.train.resume(tmp_path, progress=False).log] == weights(1e-9)
+
+
+def test_trpo_logs_the_mean_value_loss(monkeypatch):
+    losses = []
+    made = po_book.train.value_loss
+
+    def spy(*args):
+        losses.append(made(*args).mean().item())
+        return made(*args)
+
+    monkeypatch.setattr(po_book.train, "value_loss", spy)
+    learner = new_learner("CartPole-v1", 0, SMALL["trpo"])
+    _, metrics = trpo_iteration(learner, SMALL["trpo"], 1.0)
+    assert len(losses) > 3 and metrics["value_loss"].item() == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def spied(monkeypatch, algorithm: str, **settings) -> list[dict]:
+    "What each iteration of a run got and used: fraction left, rate and clip of every step."
+    rows = []
+    inner = ALGORITHMS[algorithm]
+
+    def iteration(learner, config, remaining):
+        row = {"remaining": remaining, "rates": [], "clips": []}
+        rows.append(row)
+        step, real = learner.optimizer.step, po_book.ppo.ppo_loss
+
+        def stepping():
+            row["rates"].append(float(learner.optimizer.param_groups[0]["lr"]))
+            return step()
+
+        def losing(*args, **kwargs):
+            row["clips"].append((kwargs["clip_low"], kwargs["clip_high"]))
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(learner.optimizer, "step", stepping)
+            patch.setattr(po_book.train, "ppo_loss", losing)
+            rollout, metrics = inner.iteration(learner, config, remaining)
+        row["epsilon"] = getattr(learner.policy, "epsilon", None)
+        row["sigma"] = getattr(learner.policy, "sigma", None)
+        return rollout, metrics
+
+    env = "Pendulum-v1" if algorithm == "ddpg" else "po_book/CartPole-v1"
+    config = replace(SMALL[algorithm], **settings)
+    algorithm_spied = Algorithm(inner.config, iteration)
+    run = start_run(algorithm, algorithm_spied, env, config, progress=False)
+    before = [0, *(row["steps"] for row in run.log)]
+    for row, steps in zip(rows, before):
+        row["left"] = 1 - steps / config.total_steps
+    return rows
+
+
+@pytest.mark.parametrize("algorithm", SMALL)
+def test_an_iteration_knows_how_much_of_the_run_is_left(algorithm, monkeypatch):
+    rows = spied(monkeypatch, algorithm)
+    assert rows[0]["remaining"] == 1.0 and len(rows) > 2
+    assert [row["remaining"] for row in rows] == pytest.approx([row["left"] for row in rows], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "algorithm, settings, falls",
+    [("ppo", {}, True), ("a2c", {}, True), ("dqn", {}, True), ("trpo", {}, False), ("reinforce", {}, False),
+     ("ddpg", {}, False), ("ppo", {"anneal": False}, False), ("a2c", {"anneal": False}, False), ("trpo", {"anneal": True}, True)],
+)
+def test_which_rate_each_step_used(algorithm, settings, falls, monkeypatch):
+    lr = SMALL[algorithm].lr
+    steps = 0
+    for row in spied(monkeypatch, algorithm, **settings):
+        steps += len(row["rates"])
+        assert row["rates"] == pytest.approx([lr * (row["left"] if falls else 1.0)] * len(row["rates"]))
+    assert steps > 2
+
+
+@pytest.mark.parametrize("settings, low, high", [({}, 0.2, 0.2), ({"clip": 0.1, "clip_high": 0.3}, 0.1, 0.3)])
+@pytest.mark.parametrize("anneal", [True, False])
+def test_which_clip_range_each_step_used(settings, low, high, anneal, monkeypatch):
+    for row in spied(monkeypatch, "ppo", anneal=anneal, **settings):
+        pace = row["left"] if anneal else 1.0
+        assert len(row["clips"]) == 4
+        for clip in row["clips"]:
+            assert clip == pytest.approx((low * pace, high * pace))
+
+
+def test_the_clip_range_at_a_quarter():
+    assert PPOConfig().band(0.25) == (0.05, 0.05) and PPOConfig(clip=None).band(0.25) == (1.0, np.inf)
+    assert PPOConfig(clip_high=0.4).band(0.5) == (0.1, 0.2)
+
+
+def test_exploration_of_dqn_and_ddpg_in_a_run(monkeypatch):
+    rows = spied(monkeypatch, "dqn", exploration=0.5, epsilon=0.1)
+    by_hand = [max(0.1, 1 - 0.9 * (1 - row["left"]) / 0.5) for row in rows]
+    assert [row["epsilon"] for row in rows] == pytest.approx(by_hand)
+    assert rows[0]["epsilon"] == 1.0 and rows[-1]["epsilon"] == 0.1
+    rows = spied(monkeypatch, "ddpg", sigma=0.25)
+    remembered = [64 * i for i in range(len(rows))]  # four environments, sixteen steps
+    assert [row["sigma"] for row in rows[:6]] == [1.0 if n < 200 else 0.25 for n in remembered[:6]]
+
+
+class Line(gym.Env):
+    "Walks on and never ends by itself; the reward is always 1."
+
+    observation_space = gym.spaces.Box(0, 100, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.at += 1
+        return np.array([self.at], np.float32), 1.0, False, False, {}
+
+
+def test_where_a_time_limit_cuts_the_next_state_still_has_a_value():
+    "A limit of 5, and a discount of .9: no step is worth less for being the last."
+    config = PPOConfig(n_envs=1, n_steps=11, gamma=0.9, lam=0.0)
+    learner = new_learner(lambda: gym.wrappers.TimeLimit(Line(), 5), 0, config)
+    rollout = learner.collect(11)
+    batch = critic_batch(learner.policy, rollout, 0.9, 0.0)
+    with torch.no_grad():
+        value, following = (learner.policy.value(x[rollout.valid]) for x in (rollout.obs, rollout.next_obs))
+    assert rollout.truncated.sum() >= 1 and not rollout.terminated.any()
+    torch.testing.assert_close(batch["advantages"], 1 + 0.9 * following - value)
 
 
 class Bandit(gym.Env):
