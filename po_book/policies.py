@@ -87,9 +87,15 @@ def draw_categorical(
 class CategoricalPolicy(ActorCritic):
     "Policy over a finite set of actions, {eq}`eq-categorical`."
 
+    def logits(self, obs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B A"]:
+        "Outputs of the actor; -inf, an impossible action, becomes the smallest number."
+        logits = self.actor(obs)
+        # 0 log 0 is 0 in the entropy, but 0 times infinity would be NaN.
+        return logits.clamp(min=torch.finfo(logits.dtype).min)
+
     def distribution(self, obs: Float[Tensor, "*B D"]) -> Categorical:
         "Distribution of the action at each observation."
-        return Categorical(logits=self.actor(obs), validate_args=False)
+        return Categorical(logits=self.logits(obs), validate_args=False)
 
     def act(
         self, obs: Float[Tensor, "N D"], generator: torch.Generator | None = None
@@ -101,7 +107,7 @@ class CategoricalPolicy(ActorCritic):
         self, obs: Float[Tensor, "*B D"], actions: Tensor
     ) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
         "Log-probability of `actions`, and entropy of the policy, at each observation."
-        logp = self.actor(obs).log_softmax(-1)
+        logp = self.logits(obs).log_softmax(-1)
         entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 

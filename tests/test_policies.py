@@ -153,3 +153,31 @@ def test_a_normalizer_is_part_of_actor_and_critic_and_no_parameter():
     torch.testing.assert_close(scaled.value(obs), plain.value(scaled.normalizer(obs)))
     assert len(list(scaled.parameters())) == len(list(plain.parameters()))
     assert len(scaled.actor_parameters()) == 6
+
+
+@pytest.mark.parametrize("blocked", [0, 2])
+def test_a_logit_of_minus_infinity_leaves_entropy_and_gradients_finite(blocked):
+    policy, obs = CategoricalPolicy(2, 3, generator=generator()), torch.randn(6, 2)
+    with torch.no_grad():
+        policy.actor[-1].weight[blocked] = 0
+        policy.actor[-1].bias[blocked] = -torch.inf
+    logp, entropy = policy.evaluate(obs, torch.ones(6, dtype=torch.long))
+    left = [a for a in range(3) if a != blocked]
+    two = torch.distributions.Categorical(logits=policy.actor(obs)[:, left])
+    torch.testing.assert_close(entropy, two.entropy())
+    torch.testing.assert_close(logp, two.log_prob(torch.full((6,), left.index(1))))
+    old = torch.distributions.Categorical(logits=policy.logits(obs).detach() * 0.5)
+    kl = torch.distributions.kl_divergence(old, policy.distribution(obs)).mean()
+    parameters = policy.actor_parameters()
+    for loss in entropy.mean(), logp.mean(), kl:
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+        assert all(g.isfinite().all() for g in grads)
+        assert all((g[blocked] == 0).all() for g in grads[-2:])
+    assert kl.isfinite() and (policy.act(obs.expand(500, 6, 2), generator()) != blocked).all()
+
+
+def test_finite_logits_keep_every_bit():
+    policy, obs = CategoricalPolicy(2, 3, generator=generator()), torch.randn(50, 2)
+    logp = policy.actor(obs).log_softmax(-1)
+    assert torch.equal(policy.evaluate(obs, obs[:, 0].long() * 0)[0], logp[:, 0])
+    assert torch.equal(policy.evaluate(obs, obs[:, 0].long() * 0)[1], -(logp.exp() * logp).sum(-1))
