@@ -9,19 +9,21 @@ __all__ = ['TENSOR_ENVS', 'Env', 'Rollout', 'episode_returns', 'Stepper', 'colle
 # %% ../nbs/31_rollout.ipynb #9a65277b
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pkgutil import resolve_name
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from .advantage import gae
-from .checks import check_positive
-from .policies import Policy, observation_size
+from .checks import check_positive, require
+from .policies import Policy, categories, is_image, space_parts
 
 # %% ../nbs/31_rollout.ipynb #c2cd8b1f
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Rollout:
     "Transitions of `N` environments over `T` steps, time-major."
 
     obs: Float[Tensor, "T N D"]       # $s_t$
-    actions: Tensor                   # $a_t$; [T, N], or [T, N, A] if continuous
+    actions: Tensor                   # $a_t$; [T, N], or [T, N, A] if several
     rewards: Float[Tensor, "T N"]     # $r_t$
     next_obs: Float[Tensor, "T N D"]  # $s_{t+1}$, never a first state
     terminated: Bool[Tensor, "T N"]   # the episode ended by itself
@@ -58,9 +60,17 @@ def episode_returns(
     return (sums[1:] - before)[ends], sums[-1] - paid[-1]
 
 # %% ../nbs/31_rollout.ipynb #64f3e9bd
-def _to_tensor(obs: np.ndarray, device: torch.device) -> Float[Tensor, "N D"]:
-    "A copy of all observations as one float32 matrix on `device`."
-    return torch.tensor(obs, dtype=torch.float32, device=device).flatten(1)
+def _encoder(space: gym.Space) -> Callable[[np.ndarray], np.ndarray]:
+    "What turns values, one a row, into rows of numbers."
+    if isinstance(space, (Box, MultiBinary)):
+        return lambda values: values.reshape(len(values), -1)
+    sizes, start = categories(space)
+    every = np.concatenate([low + np.arange(n) for n, low in zip(sizes, start)])
+
+    def one_hot(values: np.ndarray) -> np.ndarray:
+        return np.repeat(np.reshape(values, (len(values), -1)), sizes, 1) == every
+
+    return one_hot
 
 
 def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
@@ -69,7 +79,9 @@ def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
     if isinstance(space, Discrete):
         return array + space.start if space.start else array
     shaped = array.reshape(len(array), *space.shape)
-    return np.clip(shaped, space.low, space.high).astype(space.dtype)
+    if isinstance(space, Box):
+        shaped = np.clip(shaped, space.low, space.high)
+    return (shaped + getattr(space, "start", 0)).astype(space.dtype)
 
 # %% ../nbs/31_rollout.ipynb #ed4181b5
 def _check_finite(what: str, rows: np.ndarray) -> None:
@@ -84,8 +96,8 @@ class Stepper:
 
     `obs` is what the policy acts on next.
 
-    Raises: `ValueError` if observations are no Box, and if a reward or an observation
-    to act on is NaN or infinite.
+    Raises: `ValueError` if an observation or an action is not made of numbers, and if
+    a reward or an observation is NaN or infinite.
     """
 
     def __init__(
@@ -94,8 +106,13 @@ class Stepper:
         device: torch.device | str = "cpu",  # where observations go
         seed: int | None = None,             # of the first reset
     ):
-        observation_size(env)  # refuses what cannot be flattened
         self.env, self.device = env, torch.device(device)
+        seen, space = env.single_observation_space, env.single_action_space
+        self.parts = [(keys, _encoder(part)) for keys, part in space_parts(seen)]
+        kinds = Discrete, MultiDiscrete, MultiBinary, Box
+        names = ", ".join(kind.__name__ for kind in kinds)
+        require(isinstance(space, kinds), "action space", f"one of {names}", space)
+        self.dtype = torch.uint8 if is_image(seen) else torch.float32
         # Environments written for gymnasium 1.0 do not say; it had no other mode.
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         self.reset(seed)
@@ -103,8 +120,7 @@ class Stepper:
     def reset(self, seed: int | None = None) -> None:
         "Start a new episode everywhere."
         obs, _ = self.env.reset(seed=seed)
-        _check_finite("observation", obs)
-        self.obs = _to_tensor(obs, self.device)
+        self.obs = self._tensor(self._rows(obs))
         self.restarting = np.zeros(self.env.num_envs, dtype=bool)
 
     def step(self, actions: Tensor) -> tuple[Tensor, *tuple[np.ndarray, ...]]:
@@ -114,10 +130,9 @@ class Stepper:
         obs, *arrays, info = self.env.step(env_actions)
         # Copies: an environment may write into the same arrays at its next step.
         rewards, terminated, truncated = map(np.array, arrays)
-        _check_finite("observation", obs)
         _check_finite("reward", rewards)
         done = terminated | truncated
-        next_obs = self.obs = _to_tensor(obs, self.device)
+        next_obs = self.obs = self._tensor(self._rows(obs))
         if self.mode == AutoresetMode.NEXT_STEP:
             self.restarting = done
         elif done.any():
@@ -129,12 +144,30 @@ class Stepper:
         if self.mode == AutoresetMode.DISABLED:
             next_obs = self.obs
             obs, _ = self.env.reset(options={"reset_mask": done})
-            self.obs = _to_tensor(obs, self.device)
+            self.obs = self._tensor(self._rows(obs))
             return next_obs
-        next_obs = self.obs.clone()
-        final = _to_tensor(np.stack(info["final_obs"][done]), self.device)
-        next_obs[torch.from_numpy(done)] = final
+        next_obs, final = self.obs.clone(), info["final_obs"][done]
+        next_obs[torch.from_numpy(done)] = self._tensor(self._final_rows(final))
         return next_obs
+
+    def _rows(self, obs: np.ndarray | dict | tuple) -> np.ndarray:
+        "All observations as rows of numbers."
+        rows = [encode(reduce(getitem, keys, obs)) for keys, encode in self.parts]
+        joined = np.concatenate(rows, 1) if len(rows) > 1 else rows[0]
+        _check_finite("observation", joined)
+        return joined
+
+    def _final_rows(self, final: np.ndarray) -> np.ndarray:
+        "The same of last observations, which come one by one."
+        columns = (
+            encode(np.stack([reduce(getitem, keys, obs) for obs in final]))
+            for keys, encode in self.parts
+        )
+        return np.concatenate(list(columns), 1)
+
+    def _tensor(self, rows: np.ndarray) -> Float[Tensor, "N D"]:
+        "A copy: an environment may write into the same arrays at its next step."
+        return torch.tensor(rows, dtype=self.dtype, device=self.device)
 
 # %% ../nbs/31_rollout.ipynb #06a976e1
 @torch.no_grad()

@@ -5,6 +5,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from po_book.policies import CategoricalPolicy, GaussianPolicy, make_policy, make_q_policy
+from po_book.ppo import clipped_surrogate
 from po_book.rollout import (
     Stepper,
     collect,
@@ -234,3 +235,133 @@ def test_minibatches_are_the_batch_in_another_order():
     rows = torch.cat([part["a"] for part in parts])
     assert sorted(rows.tolist()) == list(range(10)) and rows.tolist() != list(range(10))
     assert all(torch.equal(part["b"], part["a"] + 0.5) for part in parts)
+
+
+class Echo(gym.Env):
+    "Shows samples of a space and keeps what it showed and was told; three steps long."
+
+    def __init__(self, obs=gym.spaces.Box(-1, 1, (2,)), action=gym.spaces.Discrete(2)):
+        self.observation_space, self.action_space = obs, action
+        self.shown, self.told = [], []
+
+    def show(self):
+        self.shown.append(self.observation_space.sample())
+        return self.shown[-1]
+
+    def reset(self, *, seed=None, options=None):
+        self.left = 3
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.show(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.told.append(np.copy(action))
+        self.left -= 1
+        return self.show(), 1.0, self.left == 0, False, {}
+
+
+spaces = gym.spaces
+NESTED = spaces.Dict(
+    b=spaces.Tuple([spaces.Discrete(3, start=-1), spaces.MultiBinary((2, 2))]),
+    a=spaces.Box(-1, 1, (2, 2)),
+    c=spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, 1], [-2, 5]]),
+)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Discrete(4, start=3),
+        spaces.MultiDiscrete([3, 2]),
+        spaces.MultiBinary(5),
+        spaces.Box(-1, 1, ()),
+        spaces.Box(-1, 1, (2, 1, 3)),
+        spaces.Box(0, 255, (4,), np.uint8),
+        NESTED,
+    ],
+)
+def test_observations_are_gymnasiums_flat_vectors(space, mode):
+    envs = [Echo(obs=space) for _ in range(3)]
+    stepper = Stepper(SyncVectorEnv([lambda e=e: e for e in envs], autoreset_mode=mode), seed=0)
+    policy = make_policy(stepper.env, generator=generator())
+    table = collect(policy, stepper, 10, generator())
+    assert table.obs.dtype == table.next_obs.dtype == torch.float32
+    size = spaces.utils.flatdim(space)
+    assert table.obs.shape == (10, 3, size)
+    for i, env in enumerate(envs):
+        flat = [spaces.utils.flatten(space, x) for x in env.shown]
+        expected = torch.tensor(np.array(flat), dtype=torch.float32).reshape(len(flat), size)
+        valid = table.valid[:, i]
+        # What was shown are episodes of three steps, each with a first state.
+        rows = [4 * (t // 3) + t % 3 for t in range(int(valid.sum()))]
+        assert torch.equal(table.obs[valid, i], expected[rows])
+        assert torch.equal(table.next_obs[valid, i], expected[[t + 1 for t in rows]])
+
+
+@pytest.mark.parametrize(
+    "space, sizes, start",
+    [
+        (spaces.MultiDiscrete([2, 3]), [2, 3], [0, 0]),
+        (spaces.MultiDiscrete([[2], [3]], start=[[4], [-1]]), [2, 3], [4, -1]),
+        (spaces.MultiBinary((1, 2)), [2, 2], [0, 0]),
+    ],
+)
+def test_rows_of_choices_reach_the_environment_in_its_form(space, sizes, start):
+    envs = [Echo(action=space) for _ in range(2)]
+    stepper = Stepper(SyncVectorEnv([lambda e=e: e for e in envs], autoreset_mode="SameStep"))
+    policy = make_policy(stepper.env, generator=generator())
+    table = collect(policy, stepper, 30, generator())
+    assert table.actions.shape == (30, 2, 2)
+    assert [int(table.actions[..., k].max()) for k in range(2)] == [n - 1 for n in sizes]
+    for i, env in enumerate(envs):
+        told = np.array(env.told).reshape(30, 2)
+        assert (told == table.actions[:, i].numpy() + start).all()
+        assert env.told[0].shape == space.shape and env.told[0].dtype == space.dtype
+
+
+def test_bounded_actions_are_spread_over_their_bounds_and_kept_unclipped():
+    space = spaces.Box(np.float32([10, -2000]), np.float32([12, 2000]))
+    envs = [Echo(action=space) for _ in range(2)]
+    stepper = Stepper(SyncVectorEnv([lambda e=e: e for e in envs], autoreset_mode="SameStep"))
+    policy = make_policy(stepper.env, generator=generator())
+    table = collect(policy, stepper, 400, generator())
+    told = torch.tensor(np.array([env.told for env in envs])).transpose(0, 1)
+    unit = (table.actions - torch.tensor([11.0, 0])) / torch.tensor([1.0, 2000])
+    low, high = torch.tensor(space.low), torch.tensor(space.high)
+    expected = low + (unit.clamp(-1, 1) + 1) / 2 * (high - low)
+    torch.testing.assert_close(told, expected, atol=5e-4, rtol=0)  # float32 at 2000
+    assert unit.abs().max() > 2
+    torch.testing.assert_close(unit.std((0, 1)), torch.ones(2), atol=0.1, rtol=0)
+    logp = torch.distributions.Normal(policy.actor(table.obs), 1.0).log_prob(unit).sum(-1)
+    ours = policy.evaluate(table.obs, table.actions)[0]
+    torch.testing.assert_close(ours, logp - torch.tensor(2000.0).log(), atol=1e-3, rtol=0)
+
+
+def test_images_stay_bytes_and_one_gradient_step_of_ppo_runs():
+    envs = [Echo(obs=spaces.Box(0, 255, (6, 5, 3), np.uint8)) for _ in range(2)]
+    stepper = Stepper(SyncVectorEnv([lambda e=e: e for e in envs]), seed=0)
+    policy = make_policy(stepper.env, generator=generator())
+    table = collect(policy, stepper, 8, generator())
+    assert table.obs.dtype == table.next_obs.dtype == torch.uint8
+    assert (table.obs[0, 1].reshape(6, 5, 3).numpy() == envs[1].shown[0]).all()
+    batch = critic_batch(policy, table, 0.9, 0.8)
+    logp, entropy = policy.evaluate(batch["obs"], batch["actions"])
+    torch.testing.assert_close(logp.detach(), batch["logp"])
+    values = policy.value(batch["obs"])
+    clipped_surrogate(logp, batch["logp"], batch["advantages"]).mean().backward()
+    (values - batch["returns"]).pow(2).mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in policy.parameters() if p.ndim > 1)
+
+
+def test_what_is_no_numbers_is_refused_by_name():
+    for kwargs, message in (
+        ({"obs": spaces.Dict(x=spaces.Text(3))}, r"observation space\['x'\] must be"),
+        ({"action": spaces.Tuple([spaces.Discrete(2)])}, "action space must be one of Discrete"),
+    ):
+        env = gym.vector.VectorEnv()
+        env.single_observation_space = kwargs.get("obs", spaces.Discrete(2))
+        env.single_action_space = kwargs.get("action", spaces.Discrete(2))
+        with pytest.raises(ValueError, match=message):
+            Stepper(env)
