@@ -380,7 +380,7 @@ def space_parts(
     space: Space,      # possibly nested
     keys: tuple = (),  # that lead to it
 ) -> list[tuple[tuple, Space]]:
-    """The parts of `Dict` and `Tuple`, in order: the keys that lead there, and the space.
+    """Parts of `Dict` and `Tuple`, in order: the keys that lead there, and the space.
 
     Raises: `ValueError` that names the part that is not made of numbers.
     """
