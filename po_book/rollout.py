@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['TENSOR_ENVS', 'Env', 'Rollout', 'episode_returns', 'Stepper', 'collect', 'make_vector_env', 'make_stepper',
-           'critic_batch', 'minibatches', 'collect_episodes', 'evaluate']
+           'critic_batch', 'minibatches', 'collect_episodes', 'evaluate', 'act']
 
 # %% ../nbs/31_rollout.ipynb #9a65277b
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pkgutil import resolve_name
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from .advantage import gae
-from .checks import check_positive
-from .policies import Policy, observation_size
+from .checks import check_positive, require
+from .policies import Normalizer, Policy, categories, is_image, space_parts
 
 # %% ../nbs/31_rollout.ipynb #c2cd8b1f
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Rollout:
     "Transitions of `N` environments over `T` steps, time-major."
 
     obs: Float[Tensor, "T N D"]       # $s_t$
-    actions: Tensor                   # $a_t$; [T, N], or [T, N, A] if continuous
+    actions: Tensor                   # $a_t$; [T, N], or [T, N, A] if several
     rewards: Float[Tensor, "T N"]     # $r_t$
     next_obs: Float[Tensor, "T N D"]  # $s_{t+1}$, never a first state
     terminated: Bool[Tensor, "T N"]   # the episode ended by itself
@@ -58,9 +61,17 @@ def episode_returns(
     return (sums[1:] - before)[ends], sums[-1] - paid[-1]
 
 # %% ../nbs/31_rollout.ipynb #64f3e9bd
-def _to_tensor(obs: np.ndarray, device: torch.device) -> Float[Tensor, "N D"]:
-    "A copy of all observations as one float32 matrix on `device`."
-    return torch.tensor(obs, dtype=torch.float32, device=device).flatten(1)
+def _encoder(space: gym.Space) -> Callable[[np.ndarray], np.ndarray]:
+    "What turns values, one a row, into rows of numbers."
+    if isinstance(space, (Box, MultiBinary)):
+        return lambda values: values.reshape(len(values), -1)
+    sizes, start = categories(space)
+    every = np.concatenate([low + np.arange(n) for n, low in zip(sizes, start)])
+
+    def one_hot(values: np.ndarray) -> np.ndarray:
+        return np.repeat(np.reshape(values, (len(values), -1)), sizes, 1) == every
+
+    return one_hot
 
 
 def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
@@ -69,7 +80,41 @@ def _to_env(actions: Tensor, space: gym.Space) -> np.ndarray:
     if isinstance(space, Discrete):
         return array + space.start if space.start else array
     shaped = array.reshape(len(array), *space.shape)
-    return np.clip(shaped, space.low, space.high).astype(space.dtype)
+    if isinstance(space, Box):
+        shaped = np.clip(shaped, space.low, space.high)
+    return (shaped + getattr(space, "start", 0)).astype(space.dtype)
+
+
+class _Flattener:
+    "Makes vectors of the observations of a space; refuses what is not finite."
+
+    def __init__(self, space: gym.Space):
+        parts = space_parts(space)
+        self.parts = [(keys, _encoder(part)) for keys, part in parts]
+        self.shapes = {keys: part.shape for keys, part in parts}
+        self.dtype = torch.uint8 if is_image(space) else torch.float32
+        self.exact = any(part.dtype == np.float64 for _, part in parts)
+
+    def together(self, obs: np.ndarray | dict | tuple) -> np.ndarray:
+        "Rows of observations whose parts are arrays with an entry an environment."
+        rows = [encode(reduce(getitem, keys, obs)) for keys, encode in self.parts]
+        joined = np.concatenate(rows, 1) if len(rows) > 1 else rows[0]
+        _check_finite("observation", joined)
+        return joined
+
+    def one_by_one(self, several: Sequence) -> np.ndarray:
+        "Rows of a sequence of observations."
+        columns = []
+        for keys, encode in self.parts:
+            values = [np.asarray(reduce(getitem, keys, obs)) for obs in several]
+            name = "observation" + "".join(f"[{key!r}]" for key in keys)
+            for x in values:
+                want, shape = f"of shape {self.shapes[keys]}", f"shape {x.shape}"
+                require(x.shape == self.shapes[keys], name, want, shape)
+            columns.append(encode(np.stack(values)))
+        rows = np.concatenate(columns, 1)
+        _check_finite("observation", rows)
+        return rows
 
 # %% ../nbs/31_rollout.ipynb #ed4181b5
 def _check_finite(what: str, rows: np.ndarray) -> None:
@@ -78,14 +123,23 @@ def _check_finite(what: str, rows: np.ndarray) -> None:
         bad = int(np.argwhere(~np.isfinite(rows))[0][0])
         raise ValueError(f"{what} of environment {bad} is not finite: {rows[bad]}")
 
+
+def _column(what: str, values: np.ndarray, dtype: type, n: int) -> np.ndarray:
+    "A copy: an environment may write into the same array at its next step."
+    column = np.array(values, dtype)
+    if column.shape != (n,):  # no message is made where none is needed
+        raise ValueError(f"{what} must be {n} numbers, got shape {column.shape}")
+    return column
+
 # %% ../nbs/31_rollout.ipynb #511627ab
 class Stepper:
     """A vector environment that hands out true transitions, however it restarts.
 
     `obs` is what the policy acts on next.
 
-    Raises: `ValueError` if observations are no Box, and if a reward or an observation
-    to act on is NaN or infinite.
+    Raises: `ValueError` if an observation or an action is not made of numbers, if a
+    reward or an observation is NaN or infinite, and if rewards are not one number of
+    each environment.
     """
 
     def __init__(
@@ -94,8 +148,13 @@ class Stepper:
         device: torch.device | str = "cpu",  # where observations go
         seed: int | None = None,             # of the first reset
     ):
-        observation_size(env)  # refuses what cannot be flattened
         self.env, self.device = env, torch.device(device)
+        seen, space = env.single_observation_space, env.single_action_space
+        self.flattener = _Flattener(seen)
+        self.dtype = self.flattener.dtype
+        kinds = Discrete, MultiDiscrete, MultiBinary, Box
+        names = ", ".join(kind.__name__ for kind in kinds)
+        require(isinstance(space, kinds), "action space", f"one of {names}", space)
         # Environments written for gymnasium 1.0 do not say; it had no other mode.
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         self.reset(seed)
@@ -103,38 +162,65 @@ class Stepper:
     def reset(self, seed: int | None = None) -> None:
         "Start a new episode everywhere."
         obs, _ = self.env.reset(seed=seed)
-        _check_finite("observation", obs)
-        self.obs = _to_tensor(obs, self.device)
+        self._see(obs)
         self.restarting = np.zeros(self.env.num_envs, dtype=bool)
+
+    def serve(self, policy: Policy) -> None:
+        "Hand out float64 to a policy that normalises it, float32 to any other."
+        normalizes = isinstance(getattr(policy, "normalizer", None), Normalizer)
+        exact = normalizes and self.flattener.exact
+        dtype = torch.float64 if exact else self.flattener.dtype
+        if dtype != self.dtype:
+            self.dtype = dtype
+            self.obs = self._tensor(self.rows)
 
     def step(self, actions: Tensor) -> tuple[Tensor, *tuple[np.ndarray, ...]]:
         "Next observations, rewards, terminated, truncated and valid, of all N."
-        valid = ~self.restarting
+        valid, n = ~self.restarting, self.env.num_envs
         env_actions = _to_env(actions, self.env.single_action_space)
-        obs, *arrays, info = self.env.step(env_actions)
-        # Copies: an environment may write into the same arrays at its next step.
-        rewards, terminated, truncated = map(np.array, arrays)
-        _check_finite("observation", obs)
+        obs, rewards, terminated, truncated, info = self._env_step(env_actions)
+        rewards = _column("rewards", rewards, np.float64, n)
+        terminated = _column("terminated", terminated, np.bool_, n)
+        truncated = _column("truncated", truncated, np.bool_, n)
         _check_finite("reward", rewards)
         done = terminated | truncated
-        next_obs = self.obs = _to_tensor(obs, self.device)
+        next_obs = self._see(obs)
         if self.mode == AutoresetMode.NEXT_STEP:
             self.restarting = done
         elif done.any():
             next_obs = self._restart(done, info)
         return next_obs, rewards, terminated, truncated, valid
 
+    def _env_step(self, actions: np.ndarray) -> tuple:
+        try:
+            return self.env.step(actions)
+        except ValueError as error:
+            # numpy's words where a reward of shape (1,) is put into an array.
+            if "setting an array element" not in str(error):
+                raise
+            what = "a reward must be one number, and an observation fit its space"
+            raise ValueError(f"{what}: {error}") from error
+
     def _restart(self, done: np.ndarray, info: dict) -> Tensor:
         "Put first observations into `obs`, and return the last ones of what ended."
+        next_obs = self.obs
         if self.mode == AutoresetMode.DISABLED:
-            next_obs = self.obs
-            obs, _ = self.env.reset(options={"reset_mask": done})
-            self.obs = _to_tensor(obs, self.device)
+            self._see(self.env.reset(options={"reset_mask": done})[0])
             return next_obs
-        next_obs = self.obs.clone()
-        final = _to_tensor(np.stack(info["final_obs"][done]), self.device)
-        next_obs[torch.from_numpy(done)] = final
+        final = self.flattener.one_by_one(info["final_obs"][done])
+        next_obs = next_obs.clone()
+        next_obs[torch.from_numpy(done)] = self._tensor(final)
         return next_obs
+
+    def _see(self, obs: np.ndarray | dict | tuple) -> Tensor:
+        "Keep observations to act on."
+        self.rows = self.flattener.together(obs)
+        self.obs = self._tensor(self.rows)
+        return self.obs
+
+    def _tensor(self, rows: np.ndarray) -> Float[Tensor, "N D"]:
+        "A copy: an environment may write into the same arrays at its next step."
+        return torch.tensor(rows, dtype=self.dtype, device=self.device)
 
 # %% ../nbs/31_rollout.ipynb #06a976e1
 @torch.no_grad()
@@ -145,6 +231,7 @@ def collect(
     generator: torch.Generator | None = None,
 ) -> Rollout:
     "`steps` steps in every environment, going on where the last call stopped."
+    stepper.serve(policy)
     rows = []
     for _ in range(steps):
         obs, actions = stepper.obs, policy.act(stepper.obs, generator)
@@ -179,8 +266,8 @@ def make_vector_env(
 ) -> VectorEnv:
     """`num_envs` environments side by side.
 
-    Raises: `ValueError` if `env` is none of the three; `gymnasium.error.Error` if the
-    id is not registered.
+    Raises: `ValueError` if `env` is none of the three, or a function that returns the
+    same environment twice; `gymnasium.error.Error` if the id is not registered.
     """
     if isinstance(env, VectorEnv):
         return env
@@ -189,7 +276,11 @@ def make_vector_env(
     if isinstance(env, str):
         return gym.make_vec(env, num_envs=num_envs)
     if callable(env):
-        return SyncVectorEnv([env] * num_envs)
+        vector = SyncVectorEnv([env] * num_envs)
+        made = len({id(one.unwrapped) for one in vector.envs})
+        want = "a function that makes a new environment at every call"
+        require(made == num_envs, "env", want, f"{made} for {num_envs} calls")
+        return vector
     kinds = "an id, a function that makes an environment, or a VectorEnv"
     raise ValueError(f"env must be {kinds}, got {type(env).__name__}")
 
@@ -241,24 +332,76 @@ def minibatches(
     parts = order.tensor_split(-(-rows // size))
     return [{name: column[part] for name, column in batch.items()} for part in parts]
 
+# %% ../nbs/31_rollout.ipynb #366c4a13
+def _choose(
+    policy: Policy, obs: Tensor, generator: torch.Generator | None, deterministic: bool
+) -> Tensor:
+    "The most likely actions, where there is a distribution, or what the policy does."
+    if deterministic and hasattr(policy, "distribution"):
+        return policy.distribution(obs).mode
+    return policy.act(obs, generator)
+
+
+def _episodes(
+    policy: Policy,
+    stepper: Stepper,
+    generator: torch.Generator | None,
+    seed: int | None,
+    max_steps: int,
+    deterministic: bool = False,
+) -> Iterator[tuple]:
+    "Rows of `_rollout` until an episode of every environment has ended."
+    stepper.serve(policy)
+    stepper.reset(seed)
+    alive = True
+    for _ in range(max_steps):
+        obs = stepper.obs
+        actions = _choose(policy, obs, generator, deterministic)
+        *row, terminated, truncated, valid = stepper.step(actions)
+        valid = valid & alive
+        yield (obs, actions, *row, terminated, truncated, valid)
+        alive = valid & ~(terminated | truncated)
+        if not alive.any():
+            return
+    do = "give the environment a time limit, or raise max_steps"
+    raise ValueError(f"an episode has not ended after {max_steps} steps; {do}")
+
 # %% ../nbs/31_rollout.ipynb #154c7721
 @torch.no_grad()
 def collect_episodes(
     policy: Policy,
     stepper: Stepper,
     generator: torch.Generator | None = None,
-    seed: int | None = None,  # of the restart
+    seed: int | None = None,   # of the restart
+    max_steps: int = 100_000,  # most steps of an episode
 ) -> Rollout:
-    "Exactly one episode of every environment; rows after its end are not valid."
-    stepper.reset(seed)
-    rows, alive = [], True
-    while not rows or alive.any():
-        obs, actions = stepper.obs, policy.act(stepper.obs, generator)
-        *row, terminated, truncated, valid = stepper.step(actions)
-        valid = valid & alive
-        rows.append((obs, actions, *row, terminated, truncated, valid))
-        alive = valid & ~(terminated | truncated)
-    return _rollout(rows)
+    """Exactly one episode of every environment; rows after its end are not valid.
+
+    Raises: `ValueError` if an episode has not ended after `max_steps`.
+    """
+    check_positive(max_steps=max_steps)
+    return _rollout([*_episodes(policy, stepper, generator, seed, max_steps)])
+
+# %% ../nbs/31_rollout.ipynb #453fe56a
+@contextmanager
+def _not_exploring(policy: Policy) -> Iterator[None]:
+    "Evaluation mode without gradients; afterwards the mode is what it was."
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.train(training)
+
+
+def _play(policy: Policy, stepper: Stepper, *how: object) -> Float[Tensor, "N"]:
+    "Return of an episode of every environment."
+    with _not_exploring(policy):
+        # Only what is summed is kept.
+        rows = [(row[3], row[-1]) for row in _episodes(policy, stepper, *how)]
+    rewards, valid = (_stack(column, stepper.obs.device) for column in zip(*rows))
+    return (rewards.float() * valid).sum(0)
 
 # %% ../nbs/31_rollout.ipynb #f4e628d3
 def evaluate(
@@ -266,25 +409,50 @@ def evaluate(
     env: Env,             # as in `make_vector_env`; a vector is played in rounds
     episodes: int = 100,  # each from a fresh start
     seed: int = 0,        # of starts and actions
+    deterministic: bool = False,  # the most likely actions instead of drawn ones
+    max_steps: int = 100_000,     # most steps of an episode
 ) -> Float[Tensor, "episodes"]:
     """Undiscounted return of each of `episodes` fresh episodes.
 
-    Actions are sampled by stochastic policies; the others act without exploration.
+    Actions are sampled by stochastic policies, unless `deterministic`; policies without
+    a distribution act without exploration.
 
-    Raises: `ValueError` if `episodes` is not positive, and what `make_vector_env` does.
+    Raises: `ValueError` if `episodes` or `max_steps` is not positive, if an episode has
+    not ended after `max_steps`, and what `make_vector_env` does.
     """
-    check_positive(episodes=episodes)
+    check_positive(episodes=episodes, max_steps=max_steps)
     device = next(policy.parameters()).device
-    stepper = make_stepper(env, episodes, device)
+    stepper, returns = make_stepper(env, episodes, device), []
     generator = torch.Generator(device).manual_seed(seed)
-    training, returns = policy.training, []
-    policy.eval()
-    while sum(map(len, returns)) < episodes:
-        # Seeded once: the next round goes on with the environments' random numbers.
-        first = None if returns else seed
-        rollout = collect_episodes(policy, stepper, generator, first)
-        returns.append((rollout.rewards * rollout.valid).sum(0))
-    policy.train(training)
-    if stepper.env is not env:
-        stepper.env.close()
+    try:
+        while sum(map(len, returns)) < episodes:
+            # Seeded once: the next round goes on with the environments' random numbers.
+            first = None if returns else seed
+            how = generator, first, max_steps, deterministic
+            returns.append(_play(policy, stepper, *how))
+    finally:
+        if stepper.env is not env:
+            stepper.env.close()
     return torch.cat(returns)[:episodes]
+
+# %% ../nbs/31_rollout.ipynb #080d5219
+#| code-fold: true
+def act(
+    policy: Policy,
+    obs: np.ndarray | dict | tuple,  # as the environment returns it
+    env: gym.Env | VectorEnv,        # whose spaces count
+    generator: torch.Generator | None = None,
+    deterministic: bool = False,  # the most likely action instead of a drawn one
+) -> np.ndarray:
+    """An action for one observation of one environment, in the form of its space.
+
+    Raises: `ValueError` if the observation is not of the space's shape or not finite.
+    """
+    one = env if isinstance(env, gym.Env) else None
+    seen = one.observation_space if one else env.single_observation_space
+    space = one.action_space if one else env.single_action_space
+    flattener, device = _Flattener(seen), next(policy.parameters()).device
+    rows = torch.tensor(flattener.one_by_one([obs]), dtype=flattener.dtype)
+    with _not_exploring(policy):
+        actions = _choose(policy, rows.to(device), generator, deterministic)
+    return _to_env(actions, space)[0]

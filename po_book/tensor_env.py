@@ -11,13 +11,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium import Space
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .checks import check_positive
+from .checks import check_positive, require
+from .policies import Policy
 from .rollout import Stepper
 
 # %% ../nbs/32_tensor_env.ipynb #f3a15885
@@ -99,17 +101,43 @@ class CartPole(VectorEnv):
             -0.05, 0.05, generator=self.generator
         )
 
+# %% ../nbs/32_tensor_env.ipynb #fda5572d
+def _action_maker(space: Space, device: torch.device) -> Callable[[Tensor], Tensor]:
+    "What brings actions of a policy into the form of the space."
+    kinds = Discrete, MultiDiscrete, MultiBinary, Box
+    names = ", ".join(kind.__name__ for kind in kinds)
+    require(isinstance(space, kinds), "action space", f"one of {names}", space)
+    if isinstance(space, Box):
+        low, high = (torch.tensor(x, device=device) for x in (space.low, space.high))
+        return lambda actions: actions.reshape(-1, *space.shape).clamp(low, high)
+    start = torch.tensor(getattr(space, "start", 0), device=device)
+    if isinstance(space, Discrete):
+        return (lambda actions: actions + start) if start else lambda actions: actions
+    return lambda actions: actions.reshape(-1, *space.shape) + start
+
 # %% ../nbs/32_tensor_env.ipynb #fcbb85b1
 class TensorStepper(Stepper):
     """A stepper for environments made of tensors; a step never waits for the device.
 
-    The environment must restart in the same step, as `CartPole` does.
+    Raises: `ValueError` if the environment does not restart in the same step, if
+    observations are not one vector of each environment, and if actions are not made of
+    numbers.
     """
 
     def __init__(self, env: VectorEnv, seed: int | None = None):
-        self.env = env
-        self.valid = torch.ones(env.num_envs, dtype=torch.bool, device=env.state.device)
+        self.env, mode = env, env.metadata.get("autoreset_mode")
+        same = mode == AutoresetMode.SAME_STEP
+        require(same, "autoreset_mode of env", AutoresetMode.SAME_STEP, mode)
         self.reset(seed)
+        fits = self.obs.ndim == 2 and len(self.obs) == env.num_envs
+        shape = f"shape {tuple(self.obs.shape)}"
+        require(fits, "observations", f"[{env.num_envs}, entries]", shape)
+        self.device = self.obs.device
+        self.valid = torch.ones(env.num_envs, dtype=torch.bool, device=self.device)
+        self.to_env = _action_maker(env.single_action_space, self.device)
+
+    def serve(self, policy: Policy) -> None:
+        "Observations are what the environment makes them, for any policy."
 
     def reset(self, seed: int | None = None) -> None:
         "Start a new episode everywhere."
@@ -117,7 +145,8 @@ class TensorStepper(Stepper):
 
     def step(self, actions: Tensor) -> tuple[Tensor, ...]:
         "Next observations, rewards, terminated, truncated and valid, of all N."
-        self.obs, rewards, terminated, truncated, info = self.env.step(actions)
+        step = self.env.step(self.to_env(actions))
+        self.obs, rewards, terminated, truncated, info = step
         return info["final_obs"], rewards, terminated, truncated, self.valid
 
 # %% ../nbs/32_tensor_env.ipynb #e7a85341
@@ -133,9 +162,10 @@ class Recorded:
     def __init__(
         self,
         function: Callable[..., dict[str, Tensor]],  # keyword arguments, all tensors
-        generators: list[torch.Generator],           # that it draws from, on the device
+        generators: list[torch.Generator | None],  # on the device; None passes
     ):
-        self.function, self.generators = function, generators
+        self.function = function
+        self.generators = [x for x in generators if x is not None]
         self.warm, self.graph = False, None
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:

@@ -1,17 +1,33 @@
+import math
+
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import (
+    Box,
+    Dict,
+    Discrete,
+    MultiBinary,
+    MultiDiscrete,
+    Sequence,
+    Text,
+    Tuple,
+)
 
 from po_book.policies import (
     CategoricalPolicy,
+    Convolutions,
     DeterministicPolicy,
     GaussianPolicy,
+    MultiCategoricalPolicy,
     Normalizer,
     QPolicy,
     make_deterministic_policy,
     make_policy,
     make_q_policy,
     mlp,
+    observation_size,
 )
 
 
@@ -105,8 +121,13 @@ def test_a_deterministic_policy_needs_bounds():
 @pytest.mark.parametrize(
     "field, space, message",
     [
-        ("single_observation_space", gym.spaces.Discrete(3), "observation space"),
-        ("single_action_space", gym.spaces.MultiBinary(3), "action space"),
+        ("single_observation_space", Text(3), "observation space must be a Box, Discrete"),
+        (
+            "single_observation_space",
+            Dict(a=Discrete(2), b=Tuple([Discrete(2), Sequence(Discrete(3))])),
+            r"observation space\['b'\]\[1\] must be .*, got Sequence",
+        ),
+        ("single_action_space", Text(3), "action space must be Discrete, MultiDiscrete"),
     ],
 )
 def test_spaces_that_do_not_fit(field, space, message):
@@ -153,3 +174,147 @@ def test_a_normalizer_is_part_of_actor_and_critic_and_no_parameter():
     torch.testing.assert_close(scaled.value(obs), plain.value(scaled.normalizer(obs)))
     assert len(list(scaled.parameters())) == len(list(plain.parameters()))
     assert len(scaled.actor_parameters()) == 6
+
+
+@pytest.mark.parametrize("blocked", [0, 2])
+def test_a_logit_of_minus_infinity_leaves_entropy_and_gradients_finite(blocked):
+    policy, obs = CategoricalPolicy(2, 3, generator=generator()), torch.randn(6, 2)
+    with torch.no_grad():
+        policy.actor[-1].weight[blocked] = 0
+        policy.actor[-1].bias[blocked] = -torch.inf
+    logp, entropy = policy.evaluate(obs, torch.ones(6, dtype=torch.long))
+    left = [a for a in range(3) if a != blocked]
+    two = torch.distributions.Categorical(logits=policy.actor(obs)[:, left])
+    torch.testing.assert_close(entropy, two.entropy())
+    torch.testing.assert_close(logp, two.log_prob(torch.full((6,), left.index(1))))
+    old = torch.distributions.Categorical(logits=policy.logits(obs).detach() * 0.5)
+    kl = torch.distributions.kl_divergence(old, policy.distribution(obs)).mean()
+    parameters = policy.actor_parameters()
+    for loss in entropy.mean(), logp.mean(), kl:
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+        assert all(g.isfinite().all() for g in grads)
+        assert all((g[blocked] == 0).all() for g in grads[-2:])
+    assert kl.isfinite() and (policy.act(obs.expand(500, 6, 2), generator()) != blocked).all()
+
+
+def test_finite_logits_keep_every_bit():
+    policy, obs = CategoricalPolicy(2, 3, generator=generator()), torch.randn(50, 2)
+    logp = policy.actor(obs).log_softmax(-1)
+    assert torch.equal(policy.evaluate(obs, obs[:, 0].long() * 0)[0], logp[:, 0])
+    assert torch.equal(policy.evaluate(obs, obs[:, 0].long() * 0)[1], -(logp.exp() * logp).sum(-1))
+
+
+def env_with(**spaces):
+    "A vector environment that is nothing but its spaces."
+    env = gym.vector.VectorEnv()
+    env.single_observation_space = spaces.get("obs", Box(-1, 1, (2,)))
+    env.single_action_space = spaces.get("action", Discrete(2))
+    return env
+
+
+@pytest.mark.parametrize(
+    "space, size",
+    [
+        (Discrete(5, start=2), 5),
+        (MultiDiscrete([[2, 3], [4, 1]]), 10),
+        (MultiBinary((2, 3)), 6),
+        (Box(0, 1, ()), 1),
+        (Box(0, 255, (9, 8, 3), "uint8"), 216),
+        (Dict(a=Discrete(3), b=Tuple([Box(0, 1, (2, 2)), MultiBinary(2)])), 9),
+    ],
+)
+def test_the_size_of_an_observation(space, size):
+    assert observation_size(env_with(obs=space)) == size
+
+
+@pytest.mark.parametrize(
+    "space, sizes",
+    [
+        (MultiDiscrete([2, 4, 3]), [2, 4, 3]),
+        (MultiDiscrete([[2, 4], [3, 1]], start=[[1, 1], [0, 5]]), [2, 4, 3, 1]),
+        (MultiBinary((2, 2)), [2, 2, 2, 2]),
+    ],
+)
+def test_several_choices_are_independent_categoricals(space, sizes):
+    policy = make_policy(env_with(action=space), generator=generator())
+    assert isinstance(policy, MultiCategoricalPolicy)
+    with torch.no_grad():
+        policy.actor[-1].weight.mul_(100)
+    obs = torch.randn(5, 7, 2)
+    parts = [torch.distributions.Categorical(logits=z) for z in policy.actor(obs).split(sizes, -1)]
+    actions = torch.stack([part.sample() for part in parts], -1)
+    logp, entropy = policy.evaluate(obs, actions)
+    expected = sum(part.log_prob(a) for part, a in zip(parts, actions.unbind(-1)))
+    torch.testing.assert_close(logp, expected)
+    torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
+    dist = policy.distribution(obs)
+    torch.testing.assert_close(dist.log_prob(actions), logp)
+    torch.testing.assert_close(dist.entropy(), entropy)
+    best = torch.stack([part.logits.argmax(-1) for part in parts], -1)
+    assert torch.equal(dist.mode, best)
+    drawn = policy.act(obs[0, :1].expand(50_000, -1), generator())
+    for k, part in enumerate(parts):
+        share = drawn[:, k].bincount(minlength=sizes[k]) / 50_000
+        torch.testing.assert_close(share, part.probs[0, 0].detach(), atol=0.012, rtol=0)
+    grads = torch.autograd.grad((logp + entropy).sum(), policy.actor_parameters())
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_a_gaussian_counts_in_units_of_its_bounds():
+    low = torch.tensor([10.0, -2000.0, -1.0, -torch.inf, 3.0])
+    high = torch.tensor([12.0, 2000.0, 1.0, 5.0, 3.0])
+    policy = GaussianPolicy(2, 5, generator=generator(), low=low, high=high)
+    plain = GaussianPolicy(2, 5, generator=generator())
+    half = torch.tensor([1.0, 2000.0, 1.0, 1.0, 1.0])
+    middle = torch.tensor([11.0, 0.0, 0.0, 0.0, 0.0])
+    obs = torch.randn(6, 2)
+    unit = plain.act(obs, generator())
+    actions = policy.act(obs, generator())
+    torch.testing.assert_close(actions, middle + half * unit)
+    logp, entropy = policy.evaluate(obs, actions)
+    dist = policy.distribution(obs)
+    torch.testing.assert_close(logp, dist.log_prob(actions), atol=1e-3, rtol=0)
+    torch.testing.assert_close(entropy, dist.entropy())
+    # A change of units moves every log-density by the same constant.
+    torch.testing.assert_close(
+        logp, plain.evaluate(obs, unit)[0] - half.log().sum(), atol=1e-3, rtol=0
+    )
+    assert policy.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (-torch.inf, torch.inf)])
+def test_bounds_of_one_and_none_keep_every_bit(low, high):
+    space = Box(np.full(3, low, np.float32), np.full(3, high, np.float32))
+    policy = make_policy(env_with(action=space), generator=generator())
+    obs, noise = torch.randn(50, 2), torch.empty(50, 3).normal_(generator=generator())
+    assert torch.equal(policy.act(obs, generator()), policy.actor(obs) + noise)
+    z = noise - policy.actor(obs)
+    expected = -(0.5 * z**2 + 0.5 * math.log(2 * math.pi)).sum(-1)
+    assert torch.equal(policy.evaluate(obs, noise)[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(84, 84, 4), (4, 84, 84), (36, 40, 1), (5, 6, 3), (1, 3, 3)])
+def test_convolutions_keep_leading_axes_and_scale_by_255(shape):
+    eye = Convolutions(shape, generator())
+    obs = torch.randint(256, (2, 3, math.prod(shape)), dtype=torch.uint8)
+    features = eye(obs)
+    assert features.shape == (2, 3, eye.features)
+    last = shape[-1] <= shape[0]
+    image = obs[1, 2].reshape(shape)
+    image = image.movedim(-1, 0) if last else image
+    expected = eye.layers(image[None].float() / 255).flatten()
+    torch.testing.assert_close(features[1, 2], expected, atol=1e-5, rtol=1e-4)
+    assert eye.layers[0].in_channels == shape[-1 if last else 0]
+    assert len(eye.layers) == 6 and features.max() < 10
+
+
+def test_images_get_convolutions_in_actor_and_critic_and_vectors_do_not():
+    image = Box(0, 255, (8, 8, 3), "uint8")
+    policy = make_policy(env_with(obs=image), normalize_obs=True)
+    assert [type(net[1]) for net in (policy.actor, policy.critic)] == [Convolutions] * 2
+    assert len(policy.actor_parameters()) == 6 + 6
+    assert isinstance(make_q_policy(env_with(obs=image)).q[0], Convolutions)
+    for vector in Box(0, 255, (8, 8), "uint8"), Box(0, 1, (8, 8, 3)):
+        assert not any(isinstance(m, Convolutions) for m in make_policy(env_with(obs=vector)).modules())
+    with pytest.raises(ValueError, match="observation space must be vectors, not images"):
+        make_deterministic_policy(env_with(obs=image, action=Box(-1, 1)))

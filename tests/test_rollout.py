@@ -1,12 +1,16 @@
+import weakref
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from po_book.policies import CategoricalPolicy, GaussianPolicy, make_policy, make_q_policy
+from po_book.ppo import clipped_surrogate
 from po_book.rollout import (
     Stepper,
+    act,
     collect,
     collect_episodes,
     critic_batch,
@@ -234,3 +238,337 @@ def test_minibatches_are_the_batch_in_another_order():
     rows = torch.cat([part["a"] for part in parts])
     assert sorted(rows.tolist()) == list(range(10)) and rows.tolist() != list(range(10))
     assert all(torch.equal(part["b"], part["a"] + 0.5) for part in parts)
+
+
+class Echo(gym.Env):
+    "Shows samples of a space and keeps what it showed and was told; three steps long."
+
+    def __init__(self, obs=gym.spaces.Box(-1, 1, (2,)), action=gym.spaces.Discrete(2)):
+        self.observation_space, self.action_space = obs, action
+        self.shown, self.told = [], []
+
+    def show(self):
+        self.shown.append(self.observation_space.sample())
+        return self.shown[-1]
+
+    def reset(self, *, seed=None, options=None):
+        self.left = 3
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.show(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.told.append(np.copy(action))
+        self.left -= 1
+        return self.show(), 1.0, self.left == 0, False, {}
+
+
+spaces = gym.spaces
+NESTED = spaces.Dict(
+    b=spaces.Tuple([spaces.Discrete(3, start=-1), spaces.MultiBinary((2, 2))]),
+    a=spaces.Box(-1, 1, (2, 2)),
+    c=spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, 1], [-2, 5]]),
+)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Discrete(4, start=3),
+        spaces.MultiDiscrete([3, 2]),
+        spaces.MultiBinary(5),
+        spaces.Box(-1, 1, ()),
+        spaces.Box(-1, 1, (2, 1, 3)),
+        spaces.Box(0, 255, (4,), np.uint8),
+        NESTED,
+    ],
+)
+def test_observations_are_gymnasiums_flat_vectors(space, mode):
+    envs = [Echo(obs=space) for _ in range(3)]
+    stepper = Stepper(SyncVectorEnv([lambda e=e: e for e in envs], autoreset_mode=mode), seed=0)
+    policy = make_policy(stepper.env, generator=generator())
+    table = collect(policy, stepper, 10, generator())
+    assert table.obs.dtype == table.next_obs.dtype == torch.float32
+    size = spaces.utils.flatdim(space)
+    assert table.obs.shape == (10, 3, size)
+    for i, env in enumerate(envs):
+        flat = [spaces.utils.flatten(space, x) for x in env.shown]
+        expected = torch.tensor(np.array(flat), dtype=torch.float32).reshape(len(flat), size)
+        valid = table.valid[:, i]
+        # What was shown are episodes of three steps, each with a first state.
+        rows = [4 * (t // 3) + t % 3 for t in range(int(valid.sum()))]
+        assert torch.equal(table.obs[valid, i], expected[rows])
+        assert torch.equal(table.next_obs[valid, i], expected[[t + 1 for t in rows]])
+
+
+@pytest.mark.parametrize(
+    "space, sizes, start",
+    [
+        (spaces.MultiDiscrete([2, 3]), [2, 3], [0, 0]),
+        (spaces.MultiDiscrete([[2], [3]], start=[[4], [-1]]), [2, 3], [4, -1]),
+        (spaces.MultiBinary((1, 2)), [2, 2], [0, 0]),
+    ],
+)
+def test_rows_of_choices_reach_the_environment_in_its_form(space, sizes, start):
+    envs = [Echo(action=space) for _ in range(2)]
+    stepper = Stepper(SyncVectorEnv([lambda e=e: e for e in envs], autoreset_mode="SameStep"))
+    policy = make_policy(stepper.env, generator=generator())
+    table = collect(policy, stepper, 30, generator())
+    assert table.actions.shape == (30, 2, 2)
+    assert [int(table.actions[..., k].max()) for k in range(2)] == [n - 1 for n in sizes]
+    for i, env in enumerate(envs):
+        told = np.array(env.told).reshape(30, 2)
+        assert (told == table.actions[:, i].numpy() + start).all()
+        assert env.told[0].shape == space.shape and env.told[0].dtype == space.dtype
+
+
+def test_bounded_actions_are_spread_over_their_bounds_and_kept_unclipped():
+    space = spaces.Box(np.float32([10, -2000]), np.float32([12, 2000]))
+    envs = [Echo(action=space) for _ in range(2)]
+    stepper = Stepper(SyncVectorEnv([lambda e=e: e for e in envs], autoreset_mode="SameStep"))
+    policy = make_policy(stepper.env, generator=generator())
+    table = collect(policy, stepper, 400, generator())
+    told = torch.tensor(np.array([env.told for env in envs])).transpose(0, 1)
+    unit = (table.actions - torch.tensor([11.0, 0])) / torch.tensor([1.0, 2000])
+    low, high = torch.tensor(space.low), torch.tensor(space.high)
+    expected = low + (unit.clamp(-1, 1) + 1) / 2 * (high - low)
+    torch.testing.assert_close(told, expected, atol=5e-4, rtol=0)  # float32 at 2000
+    assert unit.abs().max() > 2
+    torch.testing.assert_close(unit.std((0, 1)), torch.ones(2), atol=0.1, rtol=0)
+    logp = torch.distributions.Normal(policy.actor(table.obs), 1.0).log_prob(unit).sum(-1)
+    ours = policy.evaluate(table.obs, table.actions)[0]
+    torch.testing.assert_close(ours, logp - torch.tensor(2000.0).log(), atol=1e-3, rtol=0)
+
+
+def test_images_stay_bytes_and_one_gradient_step_of_ppo_runs():
+    envs = [Echo(obs=spaces.Box(0, 255, (6, 5, 3), np.uint8)) for _ in range(2)]
+    stepper = Stepper(SyncVectorEnv([lambda e=e: e for e in envs]), seed=0)
+    policy = make_policy(stepper.env, generator=generator())
+    table = collect(policy, stepper, 8, generator())
+    assert table.obs.dtype == table.next_obs.dtype == torch.uint8
+    assert (table.obs[0, 1].reshape(6, 5, 3).numpy() == envs[1].shown[0]).all()
+    batch = critic_batch(policy, table, 0.9, 0.8)
+    logp, entropy = policy.evaluate(batch["obs"], batch["actions"])
+    torch.testing.assert_close(logp.detach(), batch["logp"])
+    values = policy.value(batch["obs"])
+    clipped_surrogate(logp, batch["logp"], batch["advantages"]).mean().backward()
+    (values - batch["returns"]).pow(2).mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in policy.parameters() if p.ndim > 1)
+
+
+def test_what_is_no_numbers_is_refused_by_name():
+    for kwargs, message in (
+        ({"obs": spaces.Dict(x=spaces.Text(3))}, r"observation space\['x'\] must be"),
+        ({"action": spaces.Tuple([spaces.Discrete(2)])}, "action space must be one of Discrete"),
+    ):
+        env = gym.vector.VectorEnv()
+        env.single_observation_space = kwargs.get("obs", spaces.Discrete(2))
+        env.single_action_space = kwargs.get("action", spaces.Discrete(2))
+        with pytest.raises(ValueError, match=message):
+            Stepper(env)
+
+
+class Scripted(Echo):
+    "Shows and pays what it is given, one after the other."
+
+    def __init__(self, shows, pays=(1.0,) * 9):
+        super().__init__(gym.spaces.Box(-np.inf, np.inf, (1,)))
+        self.shows, self.pays = iter(shows), iter(pays)
+
+    def show(self):
+        return np.float32([next(self.shows)])
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, next(self.pays), *rest
+
+
+@pytest.mark.parametrize(
+    "mode, shows, steps",
+    [
+        ("NextStep", [np.nan], 0),
+        ("NextStep", [0, 1, np.inf], 2),
+        ("Disabled", [0, 1, 2, 3, np.nan], 3),
+        ("SameStep", [0, 1, 2, np.nan, 0], 3),
+        ("SameStep", [0, 1, 2, 3, np.nan], 3),
+    ],
+)
+def test_no_observation_escapes_the_check(mode, shows, steps):
+    env = SyncVectorEnv([lambda: Scripted(shows)], autoreset_mode=mode)
+    with pytest.raises(ValueError, match="observation of environment 0 is not finite: .(nan|inf)"):
+        stepper = Stepper(env)
+        for _ in range(steps):
+            stepper.step(torch.tensor([0]))
+    # The observation before is let through.
+    env = SyncVectorEnv([lambda: Scripted(shows)], autoreset_mode=mode)
+    if steps:
+        stepper = Stepper(env)
+        for _ in range(steps - 1):
+            stepper.step(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", [int, np.float32, np.float64, np.int64, bool, np.array])
+def test_a_reward_may_be_any_number(kind):
+    table = collect_episodes(
+        CategoricalPolicy(1, 2), make_stepper(lambda: Scripted(range(9), [kind(1)] * 9), 1)
+    )
+    assert table.rewards.dtype == torch.float32 and table.rewards.tolist() == [[1.0]] * 3
+
+
+def test_a_reward_that_is_no_number_is_refused_by_name():
+    pays = [np.array([1.0, 2.0])] * 9
+    stepper = make_stepper(lambda: Scripted(range(9), pays), 1)
+    with pytest.raises(ValueError, match="a reward must be one number"):
+        stepper.step(torch.tensor([0]))
+
+
+def test_rewards_and_flags_of_another_shape_are_refused_by_name():
+    class Odd(SyncVectorEnv):
+        def step(self, actions):
+            obs, *columns, info = super().step(actions)
+            columns[odd] = columns[odd][:, None]
+            return obs, *columns, info
+
+    for odd, name in enumerate(("rewards", "terminated", "truncated")):
+        stepper = Stepper(Odd([lambda: Echo()] * 2))
+        with pytest.raises(ValueError, match=rf"{name} must be 2 numbers, got shape \(2, 1\)"):
+            stepper.step(torch.tensor([0, 1]))
+
+
+def test_a_function_that_returns_the_same_environment_is_refused():
+    env = Echo()
+    for again in lambda: env, lambda: gym.wrappers.TimeLimit(env, 5):
+        with pytest.raises(ValueError, match="makes a new environment at every call, got 1 for 3"):
+            make_stepper(again, 3)
+    assert make_stepper(lambda: env, 1).env.num_envs == 1
+
+
+class Clock(Echo):
+    "Shows the seconds since 1970 as float64, and one more at every step."
+
+    def __init__(self):
+        super().__init__(gym.spaces.Dict(t=gym.spaces.Box(0, 2e9, (1,), np.float64)))
+        self.now = 1.7e9
+
+    def show(self):
+        self.now += 1
+        return {"t": np.array([self.now])}
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
+def test_float64_is_normalised_before_it_is_rounded(mode):
+    stepper = Stepper(SyncVectorEnv([Clock] * 2, autoreset_mode=mode), seed=0)
+    policies = [make_policy(stepper.env, generator=generator(), normalize_obs=on) for on in (0, 1)]
+    plain, normalizing = policies
+    assert collect(plain, stepper, 2).obs.dtype == torch.float32
+    table = collect(normalizing, stepper, 12, generator())
+    assert table.obs.dtype == table.next_obs.dtype == torch.float64
+    valid = table.valid
+    assert (table.next_obs[valid] - table.obs[valid] == 1).all()
+    normalizing.observe(table.obs.flatten(0, 1))
+    seen = normalizing.normalizer(table.obs)
+    assert seen.dtype == torch.float32 and len(seen.unique()) == len(table.obs.unique())
+    assert critic_batch(normalizing, table, 0.9, 0.9)["advantages"].isfinite().all()
+    assert collect(plain, stepper, 1).next_obs.dtype == torch.float32
+    with_float32 = Stepper(SyncVectorEnv([lambda: Countdown()] * 2), seed=0)
+    normalizing = make_policy(with_float32.env, normalize_obs=True)
+    assert collect(normalizing, with_float32, 2).obs.dtype == torch.float32
+
+
+def test_an_episode_without_an_end_is_an_error_and_one_that_just_ends_is_not(policy):
+    stepper = Stepper(SyncVectorEnv([lambda: Echo(gym.spaces.Box(0, 1, (1,)))] * 2))
+    two = CategoricalPolicy(1, 2)
+    assert len(collect_episodes(two, stepper, max_steps=3).valid) == 3
+    assert evaluate(two, stepper.env, 2, max_steps=3).tolist() == [3.0, 3.0]
+    for run in (
+        lambda: collect_episodes(two, stepper, max_steps=2),
+        lambda: evaluate(two, stepper.env, 2, max_steps=2),
+    ):
+        with pytest.raises(ValueError, match="not ended after 2 steps; give the environment"):
+            run()
+    assert two.training
+    with pytest.raises(ValueError, match="max_steps must be positive, got 0"):
+        evaluate(two, stepper.env, 2, max_steps=0)
+
+
+def test_an_evaluation_keeps_no_observations():
+    policy, seen = CategoricalPolicy(4, 2, generator=generator()), []
+    plain = policy.act
+
+    def watched(obs, generator=None):
+        alive = sum(ref() is not None for ref in seen)
+        seen.append(weakref.ref(obs))
+        assert alive <= 2
+        return plain(obs, generator)
+
+    policy.act = watched
+    returns = evaluate(policy, "CartPole-v1", 10)
+    assert len(seen) == returns.max()
+
+
+def test_deterministic_actions_are_the_most_likely_ones():
+    two = CategoricalPolicy(1, 3, generator=generator())
+    with torch.no_grad():
+        two.actor[-1].weight.zero_()
+        two.actor[-1].bias.copy_(torch.tensor([0.0, 0.1, 0.0]))
+    # Action -1 + 1 = 0 pays nothing; the others pay -1 and 1.
+    env = vector(AutoresetMode.NEXT_STEP, n=20)
+    assert not evaluate(two, env, 20, deterministic=True).any()
+    assert evaluate(two, env, 20).any()
+    # A policy without a distribution does what it does.
+    q = make_q_policy(gym.make_vec("CartPole-v1"), generator=generator())
+    returns = evaluate(q, "CartPole-v1", 5)
+    assert torch.equal(returns, evaluate(q, "CartPole-v1", 5, deterministic=True))
+
+
+def test_asynchronous_environments_give_the_same_rollout():
+    tables = []
+    for kind in SyncVectorEnv, AsyncVectorEnv:
+        env = kind([lambda: Countdown()] * 2)
+        policy = CategoricalPolicy(1, 3, generator=generator())
+        tables.append(collect(policy, Stepper(env, seed=0), 15, generator()))
+        returns = evaluate(policy, env, 4)
+        tables[-1] = {**vars(tables[-1]), "returns": returns}
+        env.close()
+    for name in tables[0]:
+        assert torch.equal(tables[0][name], tables[1][name]), name
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        spaces.Discrete(3, start=5),
+        spaces.MultiDiscrete([[2], [3]], start=[[4], [-1]]),
+        spaces.MultiBinary(4),
+        spaces.Box(np.float32([10, 0]), np.float32([12, 1])),
+    ],
+)
+def test_one_action_for_one_raw_observation(action):
+    env = Echo(NESTED, action)
+    policy = make_policy(SyncVectorEnv([lambda: env]), generator=generator())
+    obs, _ = env.reset(seed=0)
+    for deterministic in False, True:
+        drawn = act(policy, obs, env, generator(), deterministic)
+        assert action.contains(drawn)
+        flat = torch.tensor(spaces.utils.flatten(NESTED, obs), dtype=torch.float32)[None]
+        mode = policy.distribution(flat).mode
+        stepper = Stepper(SyncVectorEnv([lambda: Echo(NESTED, action)]))
+        chosen = mode if deterministic else policy.act(flat, generator())
+        stepper.step(chosen.detach())
+        assert (np.asarray(drawn) == stepper.env.envs[0].told[0]).all()
+    assert policy.training
+    obs["a"] = obs["a"][0]
+    with pytest.raises(ValueError, match=r"observation\['a'\] must be of shape \(2, 2\), got shape"):
+        act(policy, obs, env)
+
+
+def test_one_action_does_not_explore():
+    env = gym.make("CartPole-v1")
+    q = make_q_policy(gym.make_vec("CartPole-v1"), generator=generator())
+    obs, _ = env.reset(seed=0)
+    best = q.q(torch.tensor(obs)).argmax()
+    assert {act(q, obs, env).item() for _ in range(50)} == {best.item()} and q.training
+    vectors = gym.make_vec("CartPole-v1")
+    assert act(q, obs, vectors) == best

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from po_book.policies import make_policy
 from po_book.rollout import Stepper, collect, collect_episodes, evaluate, make_stepper
-from po_book.tensor_env import CartPole, TensorStepper, cartpole_motion
+from po_book.tensor_env import CartPole, Recorded, TensorStepper, cartpole_motion
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -287,3 +287,80 @@ def test_an_environment_that_brings_a_stepper_is_stepped_by_it_and_a_wrapper_is_
 def test_importing_rollouts_imports_no_tensor_environment():
     code = "import sys, po_book.rollout; sys.exit('po_book.tensor_env' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Tally(gym.vector.VectorEnv):
+    "Adds what it is told, and ends at 5 steps; nothing but the stated protocol."
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    single_observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+    def __init__(self, num_envs, action=gym.spaces.Discrete(2)):
+        self.num_envs, self.single_action_space, self.told = num_envs, action, []
+
+    def reset(self, *, seed=None, options=None):
+        self.total = torch.zeros(self.num_envs, 2)
+        return self.total.clone(), {}
+
+    def step(self, actions):
+        self.told.append(actions)
+        added = actions.reshape(self.num_envs, -1)[:, :1].float()
+        final = self.total + torch.cat([torch.ones_like(added), added], -1)
+        over = final[:, 0] >= 5
+        self.total = final.masked_fill(over[:, None], 0)
+        obs, never = self.total.clone(), torch.zeros_like(over)
+        return obs, final[:, 1], over, never, {"final_obs": final}
+
+    def stepper(self, seed=None):
+        return TensorStepper(self, seed)
+
+
+@pytest.mark.parametrize(
+    "space, start",
+    [
+        (gym.spaces.Discrete(2), 0),
+        (gym.spaces.Discrete(3, start=4), 4),
+        (gym.spaces.MultiDiscrete([2, 3], start=[1, -1]), torch.tensor([1, -1])),
+        (gym.spaces.MultiBinary(3), 0),
+    ],
+)
+def test_a_tensor_environment_by_the_stated_protocol(space, start):
+    env = Tally(3, space)
+    stepper = make_stepper(env, 3, seed=0)
+    policy = make_policy(env, generator=generator())
+    table = collect(policy, stepper, 12, generator())
+    assert torch.equal(torch.stack(env.told), table.actions + start)
+    first = (table.actions + start).reshape(12, 3, -1)[..., 0].float()
+    torch.testing.assert_close(table.rewards[:5], first[:5].cumsum(0))
+    assert table.done[:, 0].nonzero().flatten().tolist() == [4, 9] and table.valid.all()
+    returns = evaluate(policy, env, 5, deterministic=True)
+    best = policy.distribution(torch.zeros(1, 2)).mode
+    assert returns.shape == (5,) and best.shape[1:] == table.actions.shape[2:]
+
+
+def test_tensor_actions_are_clipped_to_their_bounds_and_kept_as_sampled():
+    env = Tally(4, gym.spaces.Box(np.float32([-2, 10]), np.float32([2, 12])))
+    policy = make_policy(env, generator=generator())
+    table = collect(policy, make_stepper(env, 4), 50, generator())
+    low, high = torch.tensor([-2.0, 10.0]), torch.tensor([2.0, 12.0])
+    assert torch.equal(torch.stack(env.told), table.actions.clamp(low, high))
+    assert (table.actions > high).any() and (table.actions < low).any()
+
+
+def test_a_tensor_environment_that_breaks_the_protocol_is_refused_by_name():
+    env = Tally(2)
+    env.metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    with pytest.raises(ValueError, match="autoreset_mode of env must be .*SAME_STEP, got .*NEXT_STEP"):
+        TensorStepper(env)
+    env = Tally(2, gym.spaces.Text(3))
+    with pytest.raises(ValueError, match="action space must be one of Discrete, .*, got Text"):
+        TensorStepper(env)
+    env = Tally(2)
+    env.reset = lambda **_: (torch.zeros(2), {})
+    with pytest.raises(ValueError, match=r"observations must be \[2, entries\], got shape \(2,\)"):
+        TensorStepper(env)
+
+
+def test_a_generator_is_optional_in_a_recording():
+    own = generator()
+    assert Recorded(lambda **x: x, [None, own]).generators == [own]
