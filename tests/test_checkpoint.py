@@ -574,7 +574,8 @@ def holder():
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def test_a_folder_belongs_to_one_process_until_it_is_killed(holder, tmp_path):
@@ -585,7 +586,7 @@ def test_a_folder_belongs_to_one_process_until_it_is_killed(holder, tmp_path):
             with lock_folder(tmp_path / "run"):
                 raise AssertionError("two owners")
     owner.kill()
-    owner.communicate()
+    owner.wait()
     assert (tmp_path / "run" / "run.lock").read_text() == str(owner.pid)
     with lock_folder(tmp_path / "run"):
         assert (tmp_path / "run" / "run.lock").read_text() == str(os.getpid())
@@ -593,7 +594,7 @@ def test_a_folder_belongs_to_one_process_until_it_is_killed(holder, tmp_path):
 
 
 def test_a_folder_is_free_after_an_end_or_an_error_and_other_folders_always_are(holder, tmp_path):
-    holder(tmp_path / "a", 0).communicate()
+    holder(tmp_path / "a", 0).wait()
     with pytest.raises(KeyboardInterrupt):
         with lock_folder(tmp_path / "a"), lock_folder(tmp_path / "b"):
             raise KeyboardInterrupt
