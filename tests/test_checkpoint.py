@@ -560,31 +560,41 @@ with lock_folder(sys.argv[1]):
 """
 
 
-def holder(folder: Path, seconds: float = 300) -> subprocess.Popen:
-    "A process that holds the lock."
-    command = [sys.executable, "-c", HOLD, folder, str(seconds)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
+@pytest.fixture
+def holder():
+    "Starts a process that holds the lock on a folder for so many seconds."
+    started = []
+
+    def start(folder: Path, seconds: float) -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLD, folder, str(seconds)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
-def test_a_folder_belongs_to_one_process_until_it_is_killed(tmp_path):
-    owner = holder(tmp_path / "run")
+def test_a_folder_belongs_to_one_process_until_it_is_killed(holder, tmp_path):
+    owner = holder(tmp_path / "run", 300)
     said = rf"run: another process is training in this folder \(pid {owner.pid}\)"
     for _ in range(2):  # being refused does not free it
         with pytest.raises(ValueError, match=said):
             with lock_folder(tmp_path / "run"):
                 raise AssertionError("two owners")
     owner.kill()
-    owner.communicate()
+    owner.wait()
     assert (tmp_path / "run" / "run.lock").read_text() == str(owner.pid)
     with lock_folder(tmp_path / "run"):
         assert (tmp_path / "run" / "run.lock").read_text() == str(os.getpid())
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_folder_is_free_after_an_end_or_an_error_and_other_folders_always_are(tmp_path):
-    holder(tmp_path / "a", 0).communicate()
+def test_a_folder_is_free_after_an_end_or_an_error_and_other_folders_always_are(holder, tmp_path):
+    holder(tmp_path / "a", 0).wait()
     with pytest.raises(KeyboardInterrupt):
         with lock_folder(tmp_path / "a"), lock_folder(tmp_path / "b"):
             raise KeyboardInterrupt
