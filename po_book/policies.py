@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mlp', 'Convolutions', 'network', 'ActorCritic', 'draw_categorical', 'CategoricalPolicy', 'MultiCategoricalPolicy',
            'GaussianPolicy', 'Normalizer', 'QPolicy', 'DeterministicPolicy', 'Policy', 'space_parts', 'is_image',
-           'observation_size', 'observation_shape', 'categories', 'make_policy', 'make_q_policy',
+           'observation_size', 'observation_shape', 'categories', 'action_mask', 'make_policy', 'make_q_policy',
            'make_deterministic_policy']
 
 # %% ../nbs/30_policies.ipynb #d2515964
@@ -72,8 +72,8 @@ class Convolutions(nn.Module):
             nn.init.orthogonal_(layer.weight, math.sqrt(2), generator=generator)
             nn.init.zeros_(layer.bias)
             self.layers.extend([layer, nn.ReLU()])
-            channels = filters
             sides = [(x + 2 * edge - side) // stride + 1 for x in sides]
+            channels = filters
         self.features = channels * math.prod(sides)
 
     def forward(self, obs: Tensor) -> Float[Tensor, "*B F"]:
@@ -82,7 +82,7 @@ class Convolutions(nn.Module):
         images = images.permute(0, 3, 1, 2) if self.last else images
         return self.layers(images.float() / 255).reshape(*obs.shape[:-1], -1)
 
-# %% ../nbs/30_policies.ipynb #c5b1849b
+
 def network(
     obs_dim: int | tuple[int, int, int],  # entries of a vector, or shape of an image
     hidden: tuple[int, ...],              # widths between
@@ -111,13 +111,12 @@ class ActorCritic(nn.Module):
         normalize_obs: bool = False,  # pass vectors through a `Normalizer`
     ):
         super().__init__()
-        vectors = isinstance(obs_dim, int)  # images are divided by 255 instead
-        scaled = normalize_obs and vectors
+        scaled = normalize_obs and isinstance(obs_dim, int)  # not images
         self.normalizer = Normalizer(obs_dim) if scaled else nn.Identity()
-        self.actor = network(obs_dim, hidden, out_dim, 0.01, generator)
-        self.actor.insert(0, self.normalizer)
-        self.critic = network(obs_dim, hidden, 1, 1.0, generator)
-        self.critic.insert(0, self.normalizer)
+        actor = network(obs_dim, hidden, out_dim, 0.01, generator)
+        critic = network(obs_dim, hidden, 1, 1.0, generator)
+        self.actor = nn.Sequential(self.normalizer, *actor)
+        self.critic = nn.Sequential(self.normalizer, *critic)
 
     def observe(self, obs: Float[Tensor, "n D"]) -> None:
         "Count these observations, where they are normalised."
@@ -133,7 +132,7 @@ class ActorCritic(nn.Module):
         "Critic's estimate $V_\\phi(s)$."
         return self.critic(obs).squeeze(-1)
 
-# %% ../nbs/30_policies.ipynb #efd87255
+# %% ../nbs/30_policies.ipynb #3b48732e
 def draw_categorical(
     logits: Float[Tensor, "*B A"],  # not necessarily normalised
     generator: torch.Generator | None = None,
@@ -142,13 +141,18 @@ def draw_categorical(
     clocks = torch.empty_like(logits).exponential_(generator=generator)
     return (logits - clocks.log_()).argmax(-1)
 
-# %% ../nbs/30_policies.ipynb #3b48732e
+
 class CategoricalPolicy(ActorCritic):
     "Policy over a finite set of actions, {eq}`eq-categorical`."
 
+    mask: slice | None = None  # columns of observations; 0: impossible
+
     def scores(self, obs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B A"]:
         "Logits; -inf marks an impossible action."
-        return self.actor(obs)
+        logits = self.actor(obs)
+        if self.mask is None:
+            return logits
+        return logits.masked_fill(obs[..., self.mask] == 0, -torch.inf)
 
     def logits(self, obs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B A"]:
         "The same with the smallest number for -inf."
@@ -196,8 +200,7 @@ class MultiCategoricalPolicy(CategoricalPolicy):
 
     def scores(self, obs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K A"]:
         "Logits of every choice; -inf marks an impossible action."
-        rows = super().scores(obs)[..., self.index]
-        return rows.masked_fill(self.absent, -torch.inf)
+        return super().scores(obs)[..., self.index].masked_fill(self.absent, -torch.inf)
 
     def distribution(self, obs: Float[Tensor, "*B D"]) -> Independent:
         "Distribution of the action at each observation."
@@ -207,8 +210,7 @@ class MultiCategoricalPolicy(CategoricalPolicy):
         self, obs: Float[Tensor, "*B D"], actions: Int[Tensor, "*B K"]
     ) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
         "Log-probability of `actions`, and entropy of the policy, at each observation."
-        logp, entropy = super().evaluate(obs, actions)
-        return logp.sum(-1), entropy.sum(-1)
+        return tuple(x.sum(-1) for x in super().evaluate(obs, actions))
 
 # %% ../nbs/30_policies.ipynb #85c1f78e
 class GaussianPolicy(ActorCritic):
@@ -221,20 +223,17 @@ class GaussianPolicy(ActorCritic):
         hidden: tuple[int, ...] = (64, 64),
         generator: torch.Generator | None = None,
         normalize_obs: bool = False,
-        low: Float[Tensor, "A"] | None = None,   # smallest actions; None: -1
-        high: Float[Tensor, "A"] | None = None,  # largest actions; None: 1
+        bounds: Float[Tensor, "2 A"] | None = None,  # of actions; None: -1 and 1
     ):
         super().__init__(obs_dim, out_dim, hidden, generator, normalize_obs)
         self.log_std = nn.Parameter(torch.zeros(out_dim, dtype=torch.float32))
         one = torch.ones(out_dim, dtype=torch.float32)
-        low, high = (-one if low is None else low), (one if high is None else high)
+        low, high = (-one, one) if bounds is None else bounds
         width = high - low
         bounded = width.isfinite() & (width > 0)
-        middle = torch.where(bounded, low + width / 2, 0 * one)
         # Not part of what is saved: the environment says them again.
-        self.register_buffer("middle", middle, persistent=False)
-        half_width = torch.where(bounded, width / 2, one)
-        self.register_buffer("half_width", half_width, persistent=False)
+        self.register_buffer("middle", (low + width / 2).where(bounded, 0), False)
+        self.register_buffer("half_width", (width / 2).where(bounded, 1), False)
 
     def distribution(self, obs: Float[Tensor, "*B D"]) -> Independent:
         "Distribution of the action at each observation."
@@ -330,8 +329,8 @@ class DeterministicPolicy(nn.Module):
         generator: torch.Generator | None = None,  # makes the weights reproducible
     ):
         super().__init__()
-        if not (high - low).isfinite().all():
-            raise ValueError(f"action bounds must be finite, got {low} and {high}")
+        finite = (high - low).isfinite().all()
+        require(finite, "action bounds", "finite", f"{low} and {high}")
         self.actor = mlp([obs_dim, *hidden, len(low)], 0.01, generator)
         self.critic = mlp([obs_dim + len(low), *hidden, 1], 1.0, generator)
         self.register_buffer("middle", (high + low) / 2)
@@ -376,6 +375,9 @@ class Policy(Protocol):
 
 # %% ../nbs/30_policies.ipynb #6357f6d7
 #| code-fold: true
+_CATEGORIES = Discrete, MultiDiscrete, MultiBinary
+
+
 def space_parts(
     space: Space,      # possibly nested
     keys: tuple = (),  # that lead to it
@@ -388,23 +390,18 @@ def space_parts(
         parts = space.items() if isinstance(space, Dict) else enumerate(space)
         return [x for key, part in parts for x in space_parts(part, (*keys, key))]
     name = "observation space" + "".join(f"[{key!r}]" for key in keys)
-    kinds = "a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of them"
-    fits = isinstance(space, (Box, Discrete, MultiDiscrete, MultiBinary))
-    require(fits, name, kinds, space)
+    known = "a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of them"
+    require(isinstance(space, (*_CATEGORIES, Box)), name, known, space)
     return [(keys, space)]
 
-# %% ../nbs/30_policies.ipynb #a847d058
-#| code-fold: true
+
 def is_image(space: Space) -> bool:
     "Whether a space holds images: bytes in three dimensions."
     return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
 def observation_size(env: VectorEnv) -> int:
-    """Entries of an observation as one vector.
-
-    Raises: `ValueError` if a part of it is not made of numbers.
-    """
+    "Entries of an observation as one vector. Raises: what `space_parts` does."
     return sum(flatdim(part) for _, part in space_parts(env.single_observation_space))
 
 
@@ -413,23 +410,38 @@ def observation_shape(env: VectorEnv) -> int | tuple[int, int, int]:
     space = env.single_observation_space
     return space.shape if is_image(space) else observation_size(env)
 
-# %% ../nbs/30_policies.ipynb #e2f18fe8
-#| code-fold: true
-def categories(
-    space: Discrete | MultiDiscrete | MultiBinary,
-) -> tuple[np.ndarray, np.ndarray]:
-    "Number of values and smallest value of each entry, in one row."
+
+def categories(space: Space) -> tuple[np.ndarray, np.ndarray]:
+    "Of each entry that is a category: the number of values, and the smallest."
     if isinstance(space, MultiBinary):
         entries = math.prod(space.shape)
         return np.full(entries, 2), np.zeros(entries, int)
     sizes = space.n if isinstance(space, Discrete) else space.nvec
     return np.ravel(sizes), np.ravel(space.start)
 
-# %% ../nbs/30_policies.ipynb #25707282
-def _bounds(space: Box) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
-    "Smallest and largest actions, in one row."
-    low, high = (torch.tensor(x, dtype=torch.float32) for x in (space.low, space.high))
-    return low.ravel(), high.ravel()
+# %% ../nbs/30_policies.ipynb #37554b2f
+#| code-fold: true
+def action_mask(env: VectorEnv) -> slice | None:
+    """Columns of an observation that hold the mask of actions; None if there is none.
+
+    Raises: `ValueError` if it does not have one number for every action.
+    """
+    space, start = env.single_action_space, 0
+    known = "Discrete, MultiDiscrete, MultiBinary or a Box"
+    require(isinstance(space, (*_CATEGORIES, Box)), "action space", known, space)
+    for keys, part in space_parts(env.single_observation_space):
+        if keys == ("action_mask",):
+            fits = isinstance(space, _CATEGORIES), isinstance(part, (Box, MultiBinary))
+            same = all(fits) and flatdim(part) == categories(space)[0].sum()
+            rule = f"a Box or MultiBinary with an entry for every action of {space}"
+            require(same, "action_mask", rule, part)
+            return slice(start, start + flatdim(part))
+        start += flatdim(part)
+    return None
+
+
+def _bounds(space: Box) -> Float[Tensor, "2 A"]:
+    return torch.tensor(np.stack([space.low, space.high])).float().reshape(2, -1)
 
 # %% ../nbs/30_policies.ipynb #ef5522de
 def make_policy(
@@ -440,18 +452,18 @@ def make_policy(
 ) -> Policy:
     """Stochastic policy that fits the spaces of `env`.
 
-    Raises: `ValueError` if an observation is not made of numbers, and unless actions
-    are Discrete, MultiDiscrete, MultiBinary or a Box.
+    Raises: `ValueError` if a space is not made of numbers, or a mask does not fit.
     """
-    space, settings = env.single_action_space, (hidden, generator, normalize_obs)
-    obs_dim = observation_shape(env)
+    space, rest = env.single_action_space, (hidden, generator, normalize_obs)
+    obs_dim, mask = observation_shape(env), action_mask(env)
+    if isinstance(space, Box):
+        return GaussianPolicy(obs_dim, math.prod(space.shape), *rest, _bounds(space))
     if isinstance(space, Discrete):
-        return CategoricalPolicy(obs_dim, int(space.n), *settings)
-    if isinstance(space, (MultiDiscrete, MultiBinary)):
-        return MultiCategoricalPolicy(obs_dim, categories(space)[0].tolist(), *settings)
-    kinds = "Discrete, MultiDiscrete, MultiBinary or a Box"
-    require(isinstance(space, Box), "action space", kinds, space)
-    return GaussianPolicy(obs_dim, math.prod(space.shape), *settings, *_bounds(space))
+        policy = CategoricalPolicy(obs_dim, int(space.n), *rest)
+    else:
+        policy = MultiCategoricalPolicy(obs_dim, categories(space)[0].tolist(), *rest)
+    policy.mask = mask
+    return policy
 
 # %% ../nbs/30_policies.ipynb #a99d9c6c
 #| code-fold: true
@@ -462,15 +474,15 @@ def make_q_policy(
 ) -> QPolicy:
     """Greedy policy that fits the spaces of `env`.
 
-    Raises: `ValueError` if an observation is not made of numbers, and unless actions
-    are Discrete.
+    Raises: `ValueError` unless actions are Discrete and observations without a mask.
     """
     obs_dim, space = observation_shape(env), env.single_action_space
     require(isinstance(space, Discrete), "action space", "Discrete", space)
+    rule = "left out: this method has no logits to mask"
+    require(action_mask(env) is None, "action_mask", rule, env.single_observation_space)
     return QPolicy(obs_dim, int(space.n), hidden, generator)
 
-# %% ../nbs/30_policies.ipynb #7b19ccb4
-#| code-fold: true
+
 def make_deterministic_policy(
     env: VectorEnv,
     hidden: tuple[int, ...] = (64, 64),
@@ -478,11 +490,11 @@ def make_deterministic_policy(
 ) -> DeterministicPolicy:
     """Deterministic policy that fits the spaces of `env`.
 
-    Raises: `ValueError` if an observation is an image or not made of numbers, and
-    unless actions are a bounded Box.
+    Raises: `ValueError` unless observations are vectors and actions a bounded Box.
     """
     obs_dim, space = observation_size(env), env.single_action_space
     seen = env.single_observation_space
     require(not is_image(seen), "observation space", "vectors, not images", seen)
     require(isinstance(space, Box), "action space", "a Box", space)
+    action_mask(env)  # refused for a Box
     return DeterministicPolicy(obs_dim, *_bounds(space), hidden, generator)

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from .advantage import gae
 from .checks import check_positive, require
-from .policies import Normalizer, Policy, categories, is_image, space_parts
+from po_book.policies import (
+    Normalizer,
+    Policy,
+    action_mask,
+    categories,
+    is_image,
+    space_parts,
+)
 
 # %% ../nbs/31_rollout.ipynb #c2cd8b1f
 @dataclass(frozen=True)
@@ -138,8 +145,8 @@ class Stepper:
     `obs` is what the policy acts on next.
 
     Raises: `ValueError` if an observation or an action is not made of numbers, if a
-    reward or an observation is NaN or infinite, and if rewards are not one number of
-    each environment.
+    reward or an observation is NaN or infinite, if rewards are not one number of each
+    environment, and if an `action_mask` allows nothing or does not fit the actions.
     """
 
     def __init__(
@@ -149,12 +156,9 @@ class Stepper:
         seed: int | None = None,             # of the first reset
     ):
         self.env, self.device = env, torch.device(device)
-        seen, space = env.single_observation_space, env.single_action_space
-        self.flattener = _Flattener(seen)
+        self.flattener = _Flattener(env.single_observation_space)
         self.dtype = self.flattener.dtype
-        kinds = Discrete, MultiDiscrete, MultiBinary, Box
-        names = ", ".join(kind.__name__ for kind in kinds)
-        require(isinstance(space, kinds), "action space", f"one of {names}", space)
+        self.mask = action_mask(env)  # refuses actions that are not made of numbers
         # Environments written for gymnasium 1.0 do not say; it had no other mode.
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         self.reset(seed)
@@ -164,6 +168,7 @@ class Stepper:
         obs, _ = self.env.reset(seed=seed)
         self._see(obs)
         self.restarting = np.zeros(self.env.num_envs, dtype=bool)
+        self._check_mask()
 
     def serve(self, policy: Policy) -> None:
         "Hand out float64 to a policy that normalises it, float32 to any other."
@@ -189,7 +194,20 @@ class Stepper:
             self.restarting = done
         elif done.any():
             next_obs = self._restart(done, info)
+        self._check_mask()
         return next_obs, rewards, terminated, truncated, valid
+
+    def _check_mask(self) -> None:
+        "Refuse an observation to act on whose mask leaves no action."
+        if self.mask is None:
+            return
+        sizes, _ = categories(self.env.single_action_space)
+        allowed = self.rows[:, self.mask] != 0
+        left = np.add.reduceat(allowed, sizes.cumsum() - sizes, 1, dtype=int)
+        stuck = (left == 0).any(1) & ~self.restarting
+        if stuck.any():
+            bad = f"environment {stuck.argmax()}"
+            raise ValueError(f"action_mask of {bad} allows nothing: it must allow one")
 
     def _env_step(self, actions: np.ndarray) -> tuple:
         try:

@@ -263,7 +263,7 @@ def test_several_choices_are_independent_categoricals(space, sizes):
 def test_a_gaussian_counts_in_units_of_its_bounds():
     low = torch.tensor([10.0, -2000.0, -1.0, -torch.inf, 3.0])
     high = torch.tensor([12.0, 2000.0, 1.0, 5.0, 3.0])
-    policy = GaussianPolicy(2, 5, generator=generator(), low=low, high=high)
+    policy = GaussianPolicy(2, 5, generator=generator(), bounds=torch.stack([low, high]))
     plain = GaussianPolicy(2, 5, generator=generator())
     half = torch.tensor([1.0, 2000.0, 1.0, 1.0, 1.0])
     middle = torch.tensor([11.0, 0.0, 0.0, 0.0, 0.0])

@@ -361,7 +361,7 @@ def test_images_stay_bytes_and_one_gradient_step_of_ppo_runs():
 def test_what_is_no_numbers_is_refused_by_name():
     for kwargs, message in (
         ({"obs": spaces.Dict(x=spaces.Text(3))}, r"observation space\['x'\] must be"),
-        ({"action": spaces.Tuple([spaces.Discrete(2)])}, "action space must be one of Discrete"),
+        ({"action": spaces.Tuple([spaces.Discrete(2)])}, "action space must be Discrete, MultiDiscrete"),
     ):
         env = gym.vector.VectorEnv()
         env.single_observation_space = kwargs.get("obs", spaces.Discrete(2))
@@ -572,3 +572,77 @@ def test_one_action_does_not_explore():
     assert {act(q, obs, env).item() for _ in range(50)} == {best.item()} and q.training
     vectors = gym.make_vec("CartPole-v1")
     assert act(q, obs, vectors) == best
+
+
+class Masked(Echo):
+    "Refuses what its random mask forbids; masks of what is over allow nothing."
+
+    def __init__(self, action, start=0):
+        sizes = [action.n] if isinstance(action, spaces.Discrete) else np.ravel(action.nvec)
+        self.sizes, self.cuts = sizes, np.cumsum(sizes)[:-1]
+        box = spaces.Box(-1, 1, (2,))
+        mask = spaces.MultiBinary(int(sum(sizes)))
+        super().__init__(spaces.Dict(a=box, action_mask=mask, z=spaces.Discrete(3)), action)
+
+    def show(self):
+        obs = super().show()
+        if self.left == 0:
+            self.mask = np.zeros(sum(self.sizes), np.int8)
+        else:
+            one = [np.arange(n) == self.np_random.integers(n) for n in self.sizes]
+            self.mask = np.concatenate(one).astype(np.int8)
+            self.mask |= self.np_random.integers(2, size=len(self.mask), dtype=np.int8)
+        return obs | {"action_mask": self.mask}
+
+    def step(self, action):
+        choices = np.ravel(np.asarray(action) - self.action_space.start)
+        for choice, part in zip(choices, np.split(self.mask, self.cuts)):
+            assert part[choice] == 1
+        return super().step(action)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize(
+    "action", [spaces.Discrete(4, start=2), spaces.MultiDiscrete([2, 5, 3], start=[0, 3, -1])]
+)
+def test_a_mask_in_the_observation_rules_actions_out(action, mode):
+    env = SyncVectorEnv([lambda: Masked(action)] * 3, autoreset_mode=mode)
+    policy = make_policy(env, generator=generator(), normalize_obs=True)
+    table = collect(policy, Stepper(env, seed=0), 60, generator())
+    logp, entropy = policy.evaluate(table.obs[table.valid], table.actions[table.valid])
+    assert (logp > -20).all() and (entropy >= 0).all()
+    # Before anything is learned, what is allowed is equally likely.
+    mask, sizes = table.obs[table.valid][:, policy.mask], Masked(action).sizes
+    left = [part.sum(-1) for part in mask.split([int(n) for n in sizes], -1)]
+    expected = -sum(n.log() for n in left)
+    torch.testing.assert_close(logp, expected, atol=0.2, rtol=0)
+    torch.testing.assert_close(entropy, -expected, atol=0.05, rtol=0)
+    grads = torch.autograd.grad((logp + entropy).sum(), policy.actor_parameters())
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_a_mask_that_allows_nothing_is_refused_where_one_must_act():
+    class Stuck(Masked):
+        def show(self):
+            obs = super().show()
+            self.mask[2:] = 0
+            return obs
+
+    env = SyncVectorEnv([lambda: Masked(spaces.MultiDiscrete([2, 3])), lambda: Stuck(spaces.MultiDiscrete([2, 3]))])
+    with pytest.raises(ValueError, match="action_mask of environment 1 allows nothing"):
+        Stepper(env, seed=0)
+
+
+def test_masks_that_do_not_fit_are_refused_by_name():
+    def env(mask, action):
+        vectors = gym.vector.VectorEnv()
+        vectors.single_observation_space = spaces.Dict(a=spaces.Discrete(2), action_mask=mask)
+        vectors.single_action_space = action
+        return vectors
+
+    two = spaces.Discrete(2)
+    for bad in env(spaces.MultiBinary(3), two), env(two, two), env(spaces.MultiBinary(2), spaces.Box(0, 1, (2,))):
+        with pytest.raises(ValueError, match="action_mask must be a Box or MultiBinary with an entry"):
+            make_policy(bad)
+    with pytest.raises(ValueError, match="action_mask must be left out: this method has no logits"):
+        make_q_policy(env(spaces.MultiBinary(2), two))
