@@ -158,7 +158,8 @@ class Stepper:
         self.env, self.device = env, torch.device(device)
         self.flattener = _Flattener(env.single_observation_space)
         self.dtype = self.flattener.dtype
-        self.mask = action_mask(env)  # refuses actions that are not made of numbers
+        mask = action_mask(env)  # refuses actions that are not made of numbers
+        self.mask = mask and (mask.start, mask.stop)
         # Environments written for gymnasium 1.0 do not say; it had no other mode.
         self.mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         self.reset(seed)
@@ -202,7 +203,7 @@ class Stepper:
         if self.mask is None:
             return
         sizes, _ = categories(self.env.single_action_space)
-        allowed = self.rows[:, self.mask] != 0
+        allowed = self.rows[:, slice(*self.mask)] != 0
         left = np.add.reduceat(allowed, sizes.cumsum() - sizes, 1, dtype=int)
         stuck = (left == 0).any(1) & ~self.restarting
         if stuck.any():
@@ -232,12 +233,12 @@ class Stepper:
 
     def _see(self, obs: np.ndarray | dict | tuple) -> Tensor:
         "Keep observations to act on."
-        self.rows = self.flattener.together(obs)
+        # A copy: an environment may write into the same arrays at its next step.
+        self.rows = self.flattener.together(obs).copy()
         self.obs = self._tensor(self.rows)
         return self.obs
 
     def _tensor(self, rows: np.ndarray) -> Float[Tensor, "N D"]:
-        "A copy: an environment may write into the same arrays at its next step."
         return torch.tensor(rows, dtype=self.dtype, device=self.device)
 
 # %% ../nbs/31_rollout.ipynb #06a976e1

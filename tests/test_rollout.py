@@ -6,6 +6,7 @@ import pytest
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
+from po_book.checkpoint import capture, restore
 from po_book.policies import CategoricalPolicy, GaussianPolicy, make_policy, make_q_policy
 from po_book.ppo import clipped_surrogate
 from po_book.rollout import (
@@ -646,3 +647,20 @@ def test_masks_that_do_not_fit_are_refused_by_name():
             make_policy(bad)
     with pytest.raises(ValueError, match="action_mask must be left out: this method has no logits"):
         make_q_policy(env(spaces.MultiBinary(2), two))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SyncVectorEnv([Clock] * 2),
+        lambda: SyncVectorEnv([lambda: Masked(spaces.Discrete(4))] * 2),
+        lambda: SyncVectorEnv([Countdown] * 2, copy=False),
+    ],
+)
+def test_a_stepper_can_be_captured_and_restored(make):
+    stepper, again = Stepper(make(), seed=0), Stepper(make(), seed=1)
+    policy = make_policy(stepper.env, generator=generator(), normalize_obs=True)
+    collect(policy, stepper, 5, generator())
+    restore(again, capture(stepper))
+    tables = [vars(collect(policy, x, 9, generator())) for x in (stepper, again)]
+    assert all(torch.equal(tables[0][name], tables[1][name]) for name in tables[0])
