@@ -114,7 +114,7 @@ FAULTS = [
     Fault("facts-seed", "runs.py", 'if k not in ("seed", "is")}', 'if k != "is"}', "test_cli.py -k plot or line or legend"),
     Fault("facts-kind", "runs.py", "fits = isinstance(asked[name], kind)", "fits = True", "test_cli.py -k fact"),
     Fault("grade-order", "runs.py", '_GRADES = "mean_return", "success", "return", "reward"', '_GRADES = "return", "reward", "mean_return", "success"', "test_cli.py -k grade"),
-    Fault("events-purge", "runs.py", "SummaryWriter(out, purge_step=step)", "SummaryWriter(out)", "test_cli.py -k interrupted"),
+    Fault("events-purge", "runs.py", "SummaryWriter(out, purge_step=step)", "SummaryWriter(out)", "test_cli.py -k events"),
     Fault("wandb-step", "runs.py", "run.log(numbers, step=int(row[clock(row)]))", "run.log(numbers, step=0)", "test_cli.py -k biases"),
     Fault("logger-first", "runs.py", "for logger in filter(None, loggers):", "for logger in filter(None, loggers[:1]):", "test_cli.py -k logger"),
     Fault("film-end", "runs.py", "(terminated | truncated)[0]", "(terminated | truncated)[0] or True", "test_cli.py -k video"),

@@ -25,7 +25,7 @@ from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS, Clip, Group, InLoss
 from po_book.policies import make_policy, make_q_policy
 from po_book.rollout import evaluate
-from po_book.runs import log_to, record_episode, wandb_logger
+from po_book.runs import log_to, record_episode, wandb_logger, write_events
 from po_book.sampling import sample
 from po_book.train import ALGORITHMS, PPOConfig, default_config, load_run, train
 from po_book.train_lm import LMConfig, default_lm_config, train_lm
@@ -203,6 +203,14 @@ def test_tensorboard_shows_the_log(trained):
     shown = events(trained)
     assert len(shown["mean_return"]) >= 2
     assert_same_curves(shown, logged(trained))
+
+
+def test_events_that_a_killed_process_left_behind_its_checkpoint_are_void(tmp_path):
+    for first, last, value in (1, 5, 0.0), (3, 4, 1.0):
+        report = write_events(tmp_path)
+        for step in range(first, last + 1):
+            report({"step": step, "reward": value})
+    assert events(tmp_path)["reward"] == [(1, 0.0), (2, 0.0), (3, 1.0), (4, 1.0)]
 
 
 def test_tensorboard_is_optional(here, monkeypatch):
