@@ -51,7 +51,8 @@ def replace_file(
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
         hint = ": the disk is full, make room" if full else ""
         kept = "; the file is as it was" if path.exists() else ""
-        raise OSError(error.errno, f"{error.strerror}{hint}{kept}", str(path)) from error
+        said = f"{error.strerror}{hint}{kept}"
+        raise OSError(error.errno, said, str(path)) from error
     finally:
         with suppress(OSError):  # there is none, or there was no folder for it
             part.unlink()

@@ -200,7 +200,7 @@ def test_a_gradient_step_reads_nothing_where_it_would_have_to_wait():
         loss.item()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["recorded", "compiled"])
 def test_backends_learn_the_same_on_a_gpu(backend):
     config = PPOConfig(total_steps=8_000, n_envs=64, n_steps=32)

@@ -233,7 +233,7 @@ def test_spaces_are_gymnasiums():
     assert ours.observation_space.contains(ours.reset(seed=0)[0].numpy())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 def test_cartpole_on_a_gpu():
     stepper = make_stepper(CARTPOLE, 64, "cuda", seed=0)
     actions = torch.randint(2, (200, 64), generator=generator())
@@ -254,7 +254,7 @@ def test_cartpole_on_a_gpu():
     assert evaluate(policy, CARTPOLE, 20).shape == (20,)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 def test_a_recorded_step_is_an_eager_step():
     eager, recorded = CartPole(64, "cuda"), CartPole(64, "cuda")
     actions = torch.ones(64, dtype=torch.long, device="cuda")

@@ -580,7 +580,7 @@ class Bandit(gym.Env):
         return obs, reward, self.steps == 10, False, {}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("algorithm", SMALL)
 def test_training_on_a_gpu(algorithm):
     run = quick(algorithm, device="cuda")
