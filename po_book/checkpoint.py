@@ -164,7 +164,7 @@ def _lock(file: IO[str]) -> bool:
         if os.name == "nt":
             import msvcrt
 
-            file.seek(2**20)  # what is locked cannot be read, and the number is in front
+            file.seek(2**20)  # a locked byte cannot be read; the number is in front
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl

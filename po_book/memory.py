@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from .advantage import td_target
-from .checks import check_at_least, check_in, check_positive
+from .checks import check_at_least, check_in, check_positive, check_whole
 from .learner import Learner, mean_metrics
 from .off_policy import deterministic_policy_loss
 from .policies import Policy, make_deterministic_policy, make_q_policy
 from .rollout import Rollout
-from .runner import Config, check_whole
+from .runner import Config
 from .value_based import Replay, q_loss, soft_update
 
 # %% ../nbs/34a_memory.ipynb #eab8ec53

@@ -22,7 +22,7 @@ from torch.distributions import kl_divergence
 
 from .advantage import normalize
 from po_book.checks import (
-    check_at_least, check_in, check_known, check_positive, require
+    check_at_least, check_in, check_known, check_positive, check_whole, require
 )
 from .learner import Learner, mean_metrics
 from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
@@ -34,7 +34,7 @@ from po_book.rollout import (
     Env, Rollout, collect_episodes, critic_batch, minibatches
 )
 from po_book.runner import (
-    Algorithm, Config, NewPolicy, Report, Run, check_whole, read_run, resume_run,
+    Algorithm, Config, NewPolicy, Report, Run, read_run, resume_run,
     start_run,
 )
 

@@ -18,6 +18,7 @@ from po_book.checks import (
     check_result,
     check_shape,
     check_steps,
+    check_whole,
     describe,
     distribution,
     keep,
@@ -82,6 +83,8 @@ REFUSED = [
     (lambda: check_at_least(0, eps=NAN), "eps must be at least 0, got nan"),
     (lambda: check_positive(lr=0.0), "lr must be positive, got 0.0"),
     (lambda: check_positive(lr=NAN), "lr must be positive, got nan"),
+    (lambda: check_whole(n=3, epochs=2.0), "epochs must be a whole number, got 2.0"),
+    (lambda: check_whole(n=True), "n must be a whole number, got True"),
     (lambda: check_known(["a", "b"], how="c"), "how must be one of a, b, got 'c'"),
     (lambda: check_known({"a": 0}, how=""), "how must be one of a, got ''"),
     (lambda: check_finite(r=torch.tensor([1.0, NAN])), "r must be finite, got nan"),
@@ -121,6 +124,7 @@ def test_what_is_right_passes_in_silence(capsys):
     check_in("(0, inf)", a=1e300)
     check_at_least(1, n=1)
     check_positive(lr=1e-300)
+    check_whole(n=-3, zero=0)
     check_known(["a", "b"], how="b")
     check_finite(x=X, y=torch.zeros(0), z=torch.arange(3))
     check_result(X, x=X)

@@ -488,3 +488,24 @@ def test_evaluations_are_played_in_eval_env():
     for missing in None, vector_env:
         with pytest.raises(ValueError, match="an evaluation needs fresh environments: give eval_env, or set eval_every to 0"):
             quick("ppo", env=vector_env, eval_env=missing, config=config)
+
+
+def test_a_folder_has_one_trainer_at_a_time(tmp_path):
+    "It is locked before the checkpoint is read, and free again after an error."
+    config = replace(SMALL["ppo"], total_steps=400)
+    refused = []
+
+    def second(row):
+        for start in (
+            lambda: quick("ppo", config=config, out=tmp_path / "r"),
+            lambda: resume_run(tmp_path / "r", ALGORITHMS, progress=False),
+        ):
+            with pytest.raises(ValueError, match="another process is training in this folder"):
+                start()
+            refused.append(row["steps"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick("ppo", config=config, out=tmp_path / "r", report=second)
+    assert len(refused) == 2
+    assert resume_run(tmp_path / "r", ALGORITHMS, progress=False).finished
