@@ -11,7 +11,7 @@ that the script works.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -73,11 +73,20 @@ def solve(n: int, device: str, backend: str, seed: int) -> float | None:
     return last["seconds"] if last["mean_return"] >= 475 else None
 
 
+def tried(measure: Callable[..., float | None], *args: object) -> str:
+    "The number as it stands in a table; an error is a line too, and the next is measured."
+    try:
+        value = measure(*args)
+    except Exception as error:  # whatever a card, a driver or a compiler has to say
+        return f"failed: {type(error).__name__}: {error}".splitlines()[0]
+    return "" if value is None else f"{value:.2f}"
+
+
 def rates(plan: Plan) -> Iterator[list[str]]:
     "A line for every number of environments and backend."
     for n in plan.sizes:
         for backend in plan.backends:
-            yield [str(n), backend, f"{rate(n, plan.device, backend):.2f}"]
+            yield [str(n), backend, tried(rate, n, plan.device, backend)]
 
 
 def solutions(plan: Plan) -> Iterator[list[str]]:
@@ -85,8 +94,7 @@ def solutions(plan: Plan) -> Iterator[list[str]]:
     for backend in plan.backends:
         for seed in range(plan.seeds):
             for n in plan.sizes[1:3] or plan.sizes:
-                seconds = solve(n, plan.device, backend, seed)
-                yield [str(n), backend, str(seed), "" if seconds is None else f"{seconds:.2f}"]
+                yield [str(n), backend, str(seed), tried(solve, n, plan.device, backend, seed)]
 
 
 def keep(plan: Plan, name: str, columns: list[str], lines: Iterator[list[str]]) -> list[list[str]]:
@@ -107,7 +115,7 @@ def main(plan: Plan) -> None:
     times = keep(plan, "cartpole_gpu_solved", columns, solutions(plan))
     for n, backend in dict.fromkeys((n, backend) for n, backend, *_ in times):
         runs = [x for *which, _, x in times if which == [n, backend]]
-        solved = sorted(float(x) for x in runs if x)
+        solved = sorted(float(x) for x in runs if x[:1].isdigit())
         spread = f"{median(solved):.2f} ({solved[0]:.2f} to {solved[-1]:.2f}) s" if solved else ""
         print(f"{n} {backend}: {len(solved)} of {len(runs)} solved, {spread}")
 

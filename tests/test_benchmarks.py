@@ -41,6 +41,13 @@ def test_lines_are_kept_one_by_one_and_none_is_begun_too_late(tmp_path):
     assert not (tmp_path / "none.csv").exists()
 
 
+def test_an_error_is_a_line_and_does_not_end_the_table():
+    from cartpole_gpu import tried
+
+    assert tried(lambda x: x / 3, 1) == "0.33" and tried(lambda: None) == ""
+    assert tried(lambda: 1 / 0) == "failed: ZeroDivisionError: division by zero"
+
+
 def test_gradient_steps_are_counted_as_both_libraries_take_them():
     from race import gradient_steps
 
