@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from recording import Record, asked
 
-from po_book.runner import Config
+from po_book.algorithm import Config
 from po_book.train import (
     ALGORITHMS,
     A2CConfig,

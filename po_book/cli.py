@@ -63,7 +63,9 @@ from po_book.runs import (
     wandb_logger,
     write_events,
 )
-from .runner import Config, Diverged, Run, find_device
+from .algorithm import Config
+from .learner import find_device
+from .runner import Diverged, Run
 from .sampling import sample
 from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
 from .train import ALGORITHMS, default_config, load_run, resume, train

@@ -24,19 +24,19 @@ from .advantage import normalize
 from po_book.checks import (
     check_at_least, check_in, check_known, check_positive, check_whole, require
 )
-from .learner import Learner, mean_metrics
+from .algorithm import Algorithm, Config, NewPolicy
+from .learner import BACKENDS, Learner, mean_metrics
 from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
 from .natural_gradient import trpo_step
 from .policies import Policy, make_policy
 from .policy_gradient import discounted_returns, reinforce_loss
-from .ppo import AdaptiveKL, approx_kl, ppo_loss, ratio, value_loss
+from po_book.ppo import (
+    AdaptiveKL, approx_kl, masked_mean, ppo_loss, ppo_metrics, ratio, value_loss
+)
 from po_book.rollout import (
     Env, Rollout, collect_episodes, critic_batch, minibatches
 )
-from po_book.runner import (
-    Algorithm, Config, NewPolicy, Report, Run, read_run, resume_run,
-    start_run,
-)
+from .runner import Report, Run, read_run, resume_run, start_run
 
 # %% ../nbs/35_train.ipynb #0948f33f
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def reinforce_iteration(
     "Collect an episode of every environment and take one policy-gradient step."
     rollout = collect_episodes(learner.policy, learner.stepper, learner.generator)
     returns = discounted_returns(rollout.rewards, rollout.done, config.gamma)
-    psi = normalize(returns, rollout.valid) * rollout.valid
+    psi = normalize(returns, rollout.valid)
     logp, entropy = learner.policy.evaluate(rollout.obs, rollout.actions)
     loss = reinforce_loss(logp.T, psi.T)
     learner.step(loss)
-    mean_entropy = entropy[rollout.valid].mean().detach()
+    mean_entropy = masked_mean(entropy.detach(), rollout.valid)
     return rollout, {"loss": loss.detach(), "entropy": mean_entropy}
 
 # %% ../nbs/35_train.ipynb #2a1c73c1
@@ -118,18 +118,26 @@ def a2c_iteration(
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Collect a rollout and take one gradient step of policy and critic on it."
     policy = learner.policy
+
+    def loss(obs, actions, logp, advantages, returns, mask=None) -> tuple:
+        now, entropy = policy.evaluate(obs, actions)
+        each = {
+            "policy_loss": -now * normalize(advantages, mask),
+            "value_loss": value_loss(policy.value(obs), returns),
+            "entropy": entropy,
+        }
+        mean = {name: masked_mean(x, mask) for name, x in each.items()}
+        total = mean["policy_loss"] + config.value_coef * mean["value_loss"]
+        total = total - config.entropy_coef * mean["entropy"]
+        return total, {name: x.detach() for name, x in mean.items()}
+
+    def improve(**batch: Tensor) -> dict[str, Tensor]:
+        return learner.minimise("loss", loss, config.max_grad_norm, **batch)
+
     learner.set_lr(config.lr * config.pace(remaining))
     rollout = learner.collect(config.n_steps)
     batch = critic_batch(policy, rollout, config.gamma, config.lam)
-    logp, entropy = policy.evaluate(batch["obs"], batch["actions"])
-    terms = {
-        "policy_loss": -(logp * normalize(batch["advantages"])).mean(),
-        "value_loss": value_loss(policy.value(batch["obs"]), batch["returns"]).mean(),
-        "entropy": entropy.mean(),
-    }
-    loss = terms["policy_loss"] + config.value_coef * terms["value_loss"]
-    learner.step(loss - config.entropy_coef * terms["entropy"], config.max_grad_norm)
-    return rollout, {name: x.detach() for name, x in terms.items()}
+    return rollout, learner.run("improve", improve, **batch)
 
 # %% ../nbs/35_train.ipynb #5b508e74
 #| code-fold: true
@@ -192,25 +200,29 @@ def trpo_iteration(
     learner.set_lr(config.lr * config.pace(remaining))
     rollout = learner.collect(config.n_steps)
     batch = critic_batch(policy, rollout, config.gamma, config.lam)
-    obs, advantages = batch["obs"], normalize(batch["advantages"])
+    obs, mask = batch["obs"], batch.get("mask")
+    advantages = normalize(batch["advantages"], mask)
     with torch.no_grad():
         old = policy.distribution(obs)
 
     def surrogate() -> Float[Tensor, ""]:
         logp = policy.distribution(obs).log_prob(batch["actions"])
-        return (ratio(logp, batch["logp"]) * advantages).mean()
+        return masked_mean(ratio(logp, batch["logp"]) * advantages, mask)
 
     def divergence() -> Float[Tensor, ""]:
-        return kl_divergence(old, policy.distribution(obs)).mean()
+        return masked_mean(kl_divergence(old, policy.distribution(obs)), mask)
+
+    def error(obs: Tensor, returns: Tensor, mask: Tensor | None = None, **rest) -> tuple:
+        mean = masked_mean(value_loss(policy.value(obs), returns), mask)
+        return mean, {"value_loss": mean.detach()}
 
     actor, limits = policy.actor_parameters(), (config.max_kl, config.damping)
     metrics = trpo_step(actor, surrogate, divergence, *limits, config.cg_iterations)
     history = []
     for _ in range(config.epochs):
-        for part in minibatches(batch, config.minibatch, learner.generator):
-            error = value_loss(policy.value(part["obs"]), part["returns"]).mean()
-            learner.step(error, config.max_grad_norm)
-            history.append({"value_loss": error.detach()})
+        for part in minibatches(batch, config.minibatch, learner.order):
+            noted = learner.minimise("error", error, config.max_grad_norm, **part)
+            history.append(noted)
     return rollout, metrics | mean_metrics(history)
 
 # %% ../nbs/35_train.ipynb #d993d480
@@ -264,6 +276,47 @@ class PPOConfig(EpochsConfig):
         return {"kl": AdaptiveKL(self.kl_target, self.kl_coef)}
 
 # %% ../nbs/35_train.ipynb #60cffaa4
+def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Tensor]]:
+    "An epoch of gradient steps: a function of numbers that change and of the batch."
+    policy = learner.policy
+    bounds = dict(dual_clip=config.dual_clip, value_clip=config.clip_value)
+    coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
+
+    def loss(low, high, beta, obs, actions, logp, advantages, returns, mask=None):
+        "Of a minibatch; `logp` is of the policy that sampled it."
+        old = None if config.clip_value is None else returns - advantages
+        if config.normalize_advantages:
+            advantages = normalize(advantages, mask)
+        now, entropy = policy.evaluate(obs, actions)
+        data = now, logp, advantages, entropy, policy.value(obs), returns
+        low, high = (None, None) if config.clip is None else (low, high)
+        clip = dict(clip_low=low, clip_high=high, values_old=old) | bounds
+        total = ppo_loss(*data, **clip, **coefs, mask=mask)
+        if config.kl_coef:
+            total = total + beta * masked_mean(approx_kl(now, logp), mask)
+        return total, {}
+
+    def epoch(low, high, beta, **batch: Tensor) -> dict[str, Tensor]:
+        live = dict(low=low, high=high, beta=beta)
+        for part in minibatches(batch, config.minibatch, learner.order):
+            learner.minimise("loss", loss, config.max_grad_norm, **live, **part)
+        return {}
+
+    return epoch
+
+# %% ../nbs/35_train.ipynb #3209d6a8
+@torch.no_grad()
+def _watched(
+    policy: Policy, batch: dict[str, Tensor], low: float, high: float
+) -> dict[str, Tensor]:
+    "How far the policy is from the one that sampled, and how good the critic was."
+    now, entropy = policy.evaluate(batch["obs"], batch["actions"])
+    values = batch["returns"] - batch["advantages"]
+    data = now, batch["logp"], entropy, values, batch["returns"]
+    clip = dict(clip_low=low, clip_high=high) if low < 1 else dict(clip_low=None)
+    return ppo_metrics(*data, **clip, mask=batch.get("mask"))
+
+# %% ../nbs/35_train.ipynb #a39b8e55
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
@@ -271,53 +324,33 @@ def ppo_iteration(
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Collect a rollout and improve the clipped objective on it for a few epochs."
     policy, pace = learner.policy, config.pace(remaining)
-    adaptive = learner.extra.get("kl")
-
-    def improve(low, high, beta, obs, actions, logp, advantages, returns) -> dict:
-        "One gradient step on a minibatch; `logp` is of the policy that sampled it."
-        values_old = None if config.clip_value is None else returns - advantages
-        if config.normalize_advantages:
-            advantages = normalize(advantages)
-        now, entropy = policy.evaluate(obs, actions)
-        data = now, logp, advantages, entropy, policy.value(obs), returns
-        low, high = (None, None) if config.clip is None else (low, high)
-        clips = dict(clip_low=low, clip_high=high, dual_clip=config.dual_clip)
-        clips |= dict(values_old=values_old, value_clip=config.clip_value)
-        coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
-        loss, metrics = ppo_loss(*data, **clips, **coefs)
-        if config.kl_coef:
-            loss = loss + beta * approx_kl(now, logp).mean()
-        learner.step(loss, config.max_grad_norm)
-        return metrics
-
+    adaptive, epoch = learner.extra.get("kl"), _improve(learner, config)
     learner.set_lr(config.lr * pace)
     rollout = learner.collect(config.n_steps)
     batch = critic_batch(policy, rollout, config.gamma, config.lam)
     low, high = config.band(pace)
-    asked = dict(low=low, high=high, beta=adaptive.beta if adaptive else config.kl_coef)
-    history = []
+    beta = adaptive.beta if adaptive else config.kl_coef
     for _ in range(config.epochs):
-        parts = minibatches(batch, config.minibatch, learner.generator)
-        epoch = [learner.run("improve", improve, **asked, **part) for part in parts]
-        history += epoch
-        if config.target_kl and mean_metrics(epoch)["approx_kl"] > config.target_kl:
+        learner.run("epoch", epoch, low=low, high=high, beta=beta, **batch)
+        if config.target_kl is None:
+            continue
+        if _watched(policy, batch, low, high)["approx_kl"] > config.target_kl:
             break
-    metrics = mean_metrics(history)
+    metrics = _watched(policy, batch, low, high)
     if adaptive:
-        with torch.no_grad():
-            now = policy.evaluate(batch["obs"], batch["actions"])[0]
-        adaptive.update(approx_kl(now, batch["logp"]).mean())
-        metrics["kl_coef"] = asked["beta"]
+        adaptive.update(metrics["approx_kl"])
+        metrics["kl_coef"] = beta
     return rollout, metrics
 
 # %% ../nbs/35_train.ipynb #927fc9fd
 ALGORITHMS: dict[str, Algorithm] = {
     "reinforce": Algorithm(ReinforceConfig, reinforce_iteration),
-    "a2c": Algorithm(A2CConfig, a2c_iteration),
+    "a2c": Algorithm(A2CConfig, a2c_iteration, tuple(BACKENDS)),
     "trpo": Algorithm(TRPOConfig, trpo_iteration),
-    "ppo": Algorithm(PPOConfig, ppo_iteration),
-    "dqn": Algorithm(DQNConfig, dqn_iteration),
-    "ddpg": Algorithm(DDPGConfig, ddpg_iteration),
+    "ppo": Algorithm(PPOConfig, ppo_iteration, tuple(BACKENDS)),
+    "dqn": Algorithm(DQNConfig, dqn_iteration, tuple(BACKENDS)),
+    # The critic is frozen in the middle of the loss, which nothing compiles.
+    "ddpg": Algorithm(DDPGConfig, ddpg_iteration, ("eager", "recorded")),
 }
 
 # %% ../nbs/35_train.ipynb #c0deece5

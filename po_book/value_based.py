@@ -226,10 +226,12 @@ class Replay:
         if not self.columns:
             new = {name: x.new_empty(cap, *x.shape[1:]) for name, x in columns.items()}
             self.columns = new
+            self.filled = torch.zeros((), dtype=torch.int64, device=first.device)
         where = torch.arange(lost, n, device=first.device).add_(self.head) % cap
         for name, x in columns.items():
             self.columns[name][where] = x[lost:] if lost else x
         self.head, self.size = (self.head + n) % cap, min(self.size + n, cap)
+        self.filled.fill_(self.size)  # where a recorded `sample` reads it
 
     def sample(
         self, n: int, generator: torch.Generator | None = None
@@ -237,6 +239,7 @@ class Replay:
         "`n` rows, uniform and with replacement; `generator` is on the rows' device."
         check_at_least(1, n=n)
         require(self.size > 0, "memory", "filled before it is drawn from", "0 rows")
-        device = next(iter(self.columns.values())).device
-        rows = torch.randint(self.size, (n,), generator=generator, device=device)
+        device = self.filled.device
+        large = torch.randint(2**62, (n,), generator=generator, device=device)
+        rows = large % self.filled  # uniform up to $10^{-12}$ at a million rows
         return {name: x[rows] for name, x in self.columns.items()}

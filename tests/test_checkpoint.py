@@ -29,7 +29,7 @@ from po_book.checkpoint import (
 )  # fmt: skip
 from po_book.policies import make_q_policy
 from po_book.rollout import collect, make_stepper
-from po_book.runner import flatten_parameters
+from po_book.learner import flatten_parameters
 from po_book.value_based import Replay
 
 

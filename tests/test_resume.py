@@ -17,7 +17,8 @@ from test_runner import Trunk, TrunkConfig
 from test_train import SMALL, Bandit
 
 from po_book.checkpoint import load_checkpoint
-from po_book.runner import Config, Diverged
+from po_book.algorithm import Config
+from po_book.runner import Diverged
 from po_book.train import ALGORITHMS, PPOConfig, load_run, resume, train
 
 EVERY = dict(checkpoint_every=300, eval_every=500, eval_episodes=5)

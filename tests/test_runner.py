@@ -15,17 +15,9 @@ from po_book.checkpoint import load_checkpoint, save_checkpoint
 from po_book.policies import make_policy
 from po_book.ppo import ppo_loss
 from po_book.rollout import collect_episodes
-from po_book.runner import (
-    Algorithm,
-    Config,
-    Diverged,
-    find_device,
-    flatten_parameters,
-    new_learner,
-    read_run,
-    resume_run,
-    start_run,
-)
+from po_book.algorithm import Algorithm, Config, new_learner
+from po_book.learner import find_device, flatten_parameters
+from po_book.runner import Diverged, read_run, resume_run, start_run
 from po_book.train import ALGORITHMS, PPOConfig
 
 
@@ -194,7 +186,7 @@ def test_a_gradient_step_reads_nothing_where_it_would_have_to_wait():
     obs, row = torch.empty(8, 4, device="meta"), torch.empty(8, device="meta")
     logp, entropy = policy.evaluate(obs, torch.zeros(8, dtype=torch.long, device="meta"))
     clip = torch.tensor(0.2, device="meta")
-    loss, _ = ppo_loss(logp, row, normalize(row), entropy, policy.value(obs), row, clip_low=clip)
+    loss = ppo_loss(logp, row, normalize(row), entropy, policy.value(obs), row, clip_low=clip)
     loss.backward()
     with pytest.raises(RuntimeError, match="meta"):
         loss.item()
