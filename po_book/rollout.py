@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TENSOR_ENVS', 'Env', 'STREAMS', 'Rollout', 'episode_returns', 'Stepper', 'collect', 'make_vector_env', 'make_stepper',
-           'critic_batch', 'minibatches', 'collect_episodes', 'spawn_seed', 'evaluate', 'act']
+           'collect_episodes', 'spawn_seed', 'evaluate', 'act']
 
 # %% ../nbs/31_rollout.ipynb #9a65277b
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,6 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
-from .advantage import gae
 from po_book.checks import (
     check_at_least, check_known, check_positive, check_whole, require
 )
@@ -333,45 +332,6 @@ def make_stepper(
     if hasattr(vector, "stepper"):
         return vector.stepper(seed)
     return Stepper(vector, device, seed)
-
-# %% ../nbs/31_rollout.ipynb #0f86cbbd
-@torch.no_grad()
-def critic_batch(
-    policy: Policy, rollout: Rollout, gamma: float, lam: float
-) -> dict[str, Tensor]:
-    """A rollout in one long row, with advantages and value targets.
-
-    `mask` is false where a row is no transition; it is left out where all are.
-
-    `policy` must still be the one that sampled: its log-probabilities become the old.
-    """
-    values = policy.value(rollout.obs)
-    next_values, ends = policy.value(rollout.next_obs), rollout.terminated
-    rewards, done = rollout.rewards, rollout.done
-    advantages = gae(rewards, values, next_values, ends, done, gamma, lam)
-    table = {
-        "obs": rollout.obs,
-        "actions": rollout.actions,
-        "logp": policy.evaluate(rollout.obs, rollout.actions)[0],
-        "advantages": advantages,
-        "returns": advantages + values,
-    }
-    if not rollout.complete:
-        table["mask"] = rollout.valid
-    return {name: column.flatten(0, 1) for name, column in table.items()}
-
-# %% ../nbs/31_rollout.ipynb #c049314e
-def minibatches(
-    batch: dict[str, Tensor],    # columns of equal length
-    size: int,                   # most rows of a part
-    generator: torch.Generator,  # of the order
-) -> list[dict[str, Tensor]]:
-    "The batch in a new random order, cut into nearly equal parts of at most `size`."
-    rows = len(next(iter(batch.values())))
-    # By sorting random numbers, which a GPU can do without a word to the host.
-    order = torch.rand(rows, generator=generator, device=generator.device).argsort()
-    parts = order.tensor_split(-(-rows // size))
-    return [{name: column[part] for name, column in batch.items()} for part in parts]
 
 # %% ../nbs/31_rollout.ipynb #366c4a13
 def _choose(

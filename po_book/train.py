@@ -9,7 +9,7 @@ __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'C
 
 # %% ../nbs/35_train.ipynb #1364a332
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from .advantage import normalize
+from .batch import RewardScale, critic_batch, minibatches
 from po_book.checks import (
     check_at_least, check_in, check_known, check_positive, check_whole, require
 )
@@ -33,9 +34,7 @@ from .policy_gradient import discounted_returns, reinforce_loss
 from po_book.ppo import (
     AdaptiveKL, approx_kl, masked_mean, ppo_loss, ppo_metrics, ratio, value_loss
 )
-from po_book.rollout import (
-    Env, Rollout, collect_episodes, critic_batch, minibatches
-)
+from .rollout import Env, Rollout, collect_episodes
 from .runner import Report, Run, read_run, resume_run, start_run
 
 # %% ../nbs/35_train.ipynb #0948f33f
@@ -75,6 +74,7 @@ class CriticConfig(Config):
     max_grad_norm: float = 0.5  # longest gradient, Euclidean norm
     anneal: bool = True  # let the learning rate (and PPO's clip range) fall to zero
     normalize_obs: bool = False  # scale observations by their running mean and variance
+    normalize_rewards: bool = False  # learn in units of the returns' running deviation
     needs: ClassVar = ("evaluate", "value")
 
     def __post_init__(self):
@@ -87,9 +87,26 @@ class CriticConfig(Config):
         "An actor and a critic."
         return make_policy(env, self.hidden, generator, self.normalize_obs)
 
+    def prepare(self, policy: Policy) -> dict[str, Any]:
+        "The scale of rewards, where they are normalised."
+        if not self.normalize_rewards:
+            return {}
+        device = next(policy.parameters()).device
+        return {"reward_scale": RewardScale(self.n_envs, self.gamma).to(device)}
+
     def pace(self, remaining: float) -> float:
         "Share of the learning rate to be used with `remaining` of the run left."
         return remaining if self.anneal else 1.0
+
+# %% ../nbs/35_train.ipynb #5f1c7a21
+def _batch(
+    learner: Learner, rollout: Rollout, config: CriticConfig
+) -> dict[str, Tensor]:
+    "What is learned from; the rollout itself keeps its rewards, for the log."
+    if scale := learner.extra.get("reward_scale"):
+        rewards = scale(rollout.rewards, rollout.done, rollout.valid)
+        rollout = replace(rollout, rewards=rewards)
+    return critic_batch(learner.policy, rollout, config.gamma, config.lam)
 
 # %% ../nbs/35_train.ipynb #870a604c
 #| code-fold: true
@@ -136,7 +153,7 @@ def a2c_iteration(
 
     learner.set_lr(config.lr * config.pace(remaining))
     rollout = learner.collect(config.n_steps)
-    batch = critic_batch(policy, rollout, config.gamma, config.lam)
+    batch = _batch(learner, rollout, config)
     return rollout, learner.run("improve", improve, **batch)
 
 # %% ../nbs/35_train.ipynb #5b508e74
@@ -199,7 +216,7 @@ def trpo_iteration(
     policy = learner.policy
     learner.set_lr(config.lr * config.pace(remaining))
     rollout = learner.collect(config.n_steps)
-    batch = critic_batch(policy, rollout, config.gamma, config.lam)
+    batch = _batch(learner, rollout, config)
     obs, mask = batch["obs"], batch.get("mask")
     advantages = normalize(batch["advantages"], mask)
     with torch.no_grad():
@@ -270,10 +287,11 @@ class PPOConfig(EpochsConfig):
         return self.clip * pace, high * pace
 
     def prepare(self, policy: Policy) -> dict[str, Any]:
-        "The weight of the divergence, where it is adapted."
+        "The weight of the divergence too, where it is adapted."
+        extra = super().prepare(policy)
         if self.kl_target is None:
-            return {}
-        return {"kl": AdaptiveKL(self.kl_target, self.kl_coef)}
+            return extra
+        return extra | {"kl": AdaptiveKL(self.kl_target, self.kl_coef)}
 
 # %% ../nbs/35_train.ipynb #60cffaa4
 def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Tensor]]:
@@ -327,7 +345,7 @@ def ppo_iteration(
     adaptive, epoch = learner.extra.get("kl"), _improve(learner, config)
     learner.set_lr(config.lr * pace)
     rollout = learner.collect(config.n_steps)
-    batch = critic_batch(policy, rollout, config.gamma, config.lam)
+    batch = _batch(learner, rollout, config)
     low, high = config.band(pace)
     beta = adaptive.beta if adaptive else config.kl_coef
     for _ in range(config.epochs):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
+from po_book.batch import critic_batch
 from po_book.checkpoint import capture, restore
 from po_book.policies import CategoricalPolicy, GaussianPolicy, make_policy, make_q_policy
 from po_book.ppo import clipped_surrogate
@@ -14,11 +15,9 @@ from po_book.rollout import (
     act,
     collect,
     collect_episodes,
-    critic_batch,
     episode_returns,
     evaluate,
     make_stepper,
-    minibatches,
 )
 
 
@@ -212,33 +211,6 @@ def test_a_vector_is_evaluated_in_rounds_of_whole_episodes():
     assert torch.equal(returns[:3], evaluate(policy, env, 3))
     assert not torch.equal(returns[:3], returns[3:6])
     assert torch.equal(returns, evaluate(policy, env, 8))
-
-
-def test_the_batch_is_the_valid_rows_of_the_table():
-    stepper = make_stepper("CartPole-v1", 4, seed=0)
-    policy = make_policy(stepper.env, generator=generator())
-    rollout = collect(policy, stepper, 60, generator())
-    batch = critic_batch(policy, rollout, 0.9, 0.8)
-    assert not rollout.valid.all()
-    assert len(batch["logp"]) == rollout.valid.sum()
-    logp, _ = policy.evaluate(batch["obs"], batch["actions"])
-    torch.testing.assert_close(batch["logp"], logp.detach())
-    values = policy.value(batch["obs"]).detach()
-    torch.testing.assert_close(batch["returns"], batch["advantages"] + values)
-    # By hand, for the last transition of an episode that ended by itself.
-    t, n = rollout.terminated.nonzero()[0].tolist()
-    index = int(rollout.valid[:t].sum() + rollout.valid[t, :n].sum())
-    value = policy.value(rollout.obs[t, n]).detach()
-    torch.testing.assert_close(batch["advantages"][index], 1.0 - value)
-
-
-def test_minibatches_are_the_batch_in_another_order():
-    batch = {"a": torch.arange(10), "b": torch.arange(10) + 0.5}
-    parts = minibatches(batch, 4, generator())
-    assert [len(part["a"]) for part in parts] == [4, 3, 3]
-    rows = torch.cat([part["a"] for part in parts])
-    assert sorted(rows.tolist()) == list(range(10)) and rows.tolist() != list(range(10))
-    assert all(torch.equal(part["b"], part["a"] + 0.5) for part in parts)
 
 
 class Echo(gym.Env):

@@ -7,9 +7,9 @@ import torch
 
 import po_book.ppo
 import po_book.train
+from po_book.batch import critic_batch
 from po_book.memory import ddpg_loss, dqn_loss
 from po_book.policies import make_deterministic_policy, make_q_policy
-from po_book.rollout import critic_batch
 from po_book.algorithm import Algorithm, Config, new_learner
 from po_book.runner import start_run
 from po_book.train import (
@@ -552,6 +552,33 @@ def test_where_a_time_limit_cuts_the_next_state_still_has_a_value():
         value, following = (learner.policy.value(x[rollout.valid]) for x in (rollout.obs, rollout.next_obs))
     assert rollout.truncated.sum() >= 1 and not rollout.terminated.any()
     torch.testing.assert_close(batch["advantages"], 1 + 0.9 * following - value)
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "trpo", "ppo"])
+def test_rewards_are_learned_from_in_units_of_the_returns_and_logged_as_they_came(algorithm, monkeypatch):
+    "Nothing that the policy does changes what Line pays: the log must not see the scale."
+    made, seen = po_book.train.critic_batch, []
+    monkeypatch.setattr(po_book.train, "critic_batch", lambda *args: seen.append(args[1].rewards) or made(*args))
+    logged, learned = [], []
+    for on in False, True:
+        config = replace(SMALL[algorithm], normalize_rewards=on, gamma=0.9)
+        run = quick(algorithm, env=lambda: gym.wrappers.TimeLimit(Line(), 7), config=config)
+        logged.append([row.get("return") for row in run.log])
+        learned.append(torch.cat(seen))
+        seen.clear()
+    assert logged[0] == logged[1] and logged[0][-1] == 7
+    kinds = [x.unique() for x in learned]
+    assert kinds[0].tolist() == [0, 1]
+    # Seven steps of 1 with a discount of .9, over and over.
+    deviation = np.std([sum(0.9**k for k in range(n)) for n in range(1, 8)])
+    torch.testing.assert_close(kinds[1][-1].item(), 1 / deviation, rtol=0.01, atol=0)
+    assert learned[1][(learned[0] == 1)].min() > 0.5
+
+
+def test_the_scale_of_rewards_is_kept_beside_the_weight_of_the_penalty():
+    config = PPOConfig(**FAST, kl_coef=1.0, kl_target=0.01, normalize_rewards=True)
+    assert config.prepare(new_learner("CartPole-v1", 0, config).policy).keys() == {"kl", "reward_scale"}
+    assert not PPOConfig(**FAST).prepare(None) and not A2CConfig().prepare(None)
 
 
 class Bandit(gym.Env):
