@@ -24,14 +24,8 @@ from torch import Tensor
 
 from .advantage import gae
 from .checks import check_positive, require
-from po_book.policies import (
-    Normalizer,
-    Policy,
-    action_mask,
-    categories,
-    is_image,
-    space_parts,
-)
+from .policies import Normalizer, Policy
+from .spaces import action_mask, categories, is_image, space_parts
 
 # %% ../nbs/31_rollout.ipynb #c2cd8b1f
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ from po_book.checks import (
 from po_book.learner import (
     FastLearner, Learner, check_backend, find_device, flatten_parameters
 )
-from .policies import Policy, make_policy
+from .policies import Policy
 from .rollout import Env, episode_returns, evaluate, make_stepper
+from .spaces import make_policy
 
 # %% ../nbs/34_runner.ipynb #a3fed75b
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from po_book.checks import (
 from .learner import Learner, mean_metrics
 from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
 from .natural_gradient import trpo_step
-from .policies import Policy, make_policy
+from .policies import Policy
 from .policy_gradient import discounted_returns, reinforce_loss
 from .ppo import AdaptiveKL, approx_kl, ppo_loss, ratio, value_loss
 from po_book.rollout import (
@@ -37,6 +37,7 @@ from po_book.runner import (
     Algorithm, Config, NewPolicy, Report, Run, read_run, resume_run,
     start_run,
 )
+from .spaces import make_policy
 
 # %% ../nbs/35_train.ipynb #0948f33f
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from po_book.checkpoint import capture, restore
-from po_book.policies import CategoricalPolicy, GaussianPolicy, make_policy, make_q_policy
+from po_book.policies import CategoricalPolicy, GaussianPolicy
 from po_book.ppo import clipped_surrogate
 from po_book.rollout import (
     Stepper,
@@ -20,6 +20,7 @@ from po_book.rollout import (
     make_stepper,
     minibatches,
 )
+from po_book.spaces import make_policy, make_q_policy
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -12,7 +12,6 @@ from test_train import SMALL, Bandit, quick, vector
 import po_book.learner
 from po_book.advantage import normalize
 from po_book.checkpoint import load_checkpoint, save_checkpoint
-from po_book.policies import make_policy
 from po_book.ppo import ppo_loss
 from po_book.rollout import collect_episodes
 from po_book.runner import (
@@ -26,6 +25,7 @@ from po_book.runner import (
     resume_run,
     start_run,
 )
+from po_book.spaces import make_policy
 from po_book.train import ALGORITHMS, PPOConfig
 
 

@@ -8,9 +8,9 @@ import torch
 import po_book.ppo
 import po_book.train
 from po_book.memory import ddpg_loss, dqn_loss
-from po_book.policies import make_deterministic_policy, make_q_policy
 from po_book.rollout import critic_batch
 from po_book.runner import Algorithm, Config, new_learner, start_run
+from po_book.spaces import make_deterministic_policy, make_q_policy
 from po_book.train import (
     ALGORITHMS,
     A2CConfig,
