@@ -213,8 +213,8 @@ def explore(
 ) -> Float[Tensor, "*B A"]:
     """Actions with Gaussian exploration noise {eq}`eq-op-explore`, without gradient.
 
-    Raises: `ValueError` if `sigma` is a number that is negative or not finite, or unless
-    `low` < `high`.
+    Raises: `ValueError` if `sigma` is a number that is negative or not finite, or
+    unless `low` < `high`.
     Source: Lillicrap et al. 2016; the noise here is independent.
     """
     check_in("[0, inf)", sigma=sigma)

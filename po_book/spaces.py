@@ -49,23 +49,37 @@ def space_parts(
     return [(keys, space)]
 
 # %% ../nbs/30a_spaces.ipynb #ee5bb0e1
-def observation_size(env: VectorEnv) -> int:
-    "Entries of an observation as one vector. Raises: what `space_parts` does."
+def observation_size(
+    env: VectorEnv,  # only its spaces are read
+) -> int:
+    """Entries of an observation as one vector.
+
+    Raises: `ValueError` as `space_parts` does.
+    """
     return sum(flatdim(part) for _, part in space_parts(env.single_observation_space))
 
 # %% ../nbs/30a_spaces.ipynb #ff38fde8
-def is_image(space: Space) -> bool:
+def is_image(
+    space: Space,  # of a whole observation
+) -> bool:
     "Whether a space holds images: bytes in three dimensions."
     return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 # %% ../nbs/30a_spaces.ipynb #695f613e
-def observation_shape(env: VectorEnv) -> int | tuple[int, int, int]:
-    "The same, but the shape where observations are images: what `network` asks for."
+def observation_shape(
+    env: VectorEnv,  # only its spaces are read
+) -> int | tuple[int, int, int]:
+    """`observation_size`, or the shape where observations are images.
+
+    Raises: `ValueError` as `space_parts` does.
+    """
     space = env.single_observation_space
     return space.shape if is_image(space) else observation_size(env)
 
 # %% ../nbs/30a_spaces.ipynb #00c0a98d
-def categories(space: Space) -> tuple[np.ndarray, np.ndarray]:
+def categories(
+    space: Space,  # Discrete, MultiDiscrete or MultiBinary
+) -> tuple[np.ndarray, np.ndarray]:
     "Of each entry that is a category: the number of values, and the smallest."
     if isinstance(space, MultiBinary):
         entries = math.prod(space.shape)
@@ -74,7 +88,9 @@ def categories(space: Space) -> tuple[np.ndarray, np.ndarray]:
     return np.ravel(sizes), np.ravel(space.start)
 
 # %% ../nbs/30a_spaces.ipynb #37554b2f
-def action_mask(env: VectorEnv) -> slice | None:
+def action_mask(
+    env: VectorEnv,  # only its spaces are read
+) -> slice | None:
     """Columns of an observation that hold the mask of actions; None if there is none.
 
     Raises: `ValueError` if it does not have one number for every action.
@@ -98,14 +114,15 @@ def _bounds(space: Box) -> Float[Tensor, "2 A"]:
 
 # %% ../nbs/30a_spaces.ipynb #ef5522de
 def make_policy(
-    env: VectorEnv,
-    hidden: tuple[int, ...] = (64, 64),
-    generator: torch.Generator | None = None,
-    normalize_obs: bool = False,
+    env: VectorEnv,                            # only its spaces are read
+    hidden: tuple[int, ...] = (64, 64),        # widths of the hidden layers
+    generator: torch.Generator | None = None,  # makes the weights reproducible
+    normalize_obs: bool = False,               # pass vectors through a `Normalizer`
 ) -> Policy:
     """Stochastic policy that fits the spaces of `env`.
 
-    Raises: `ValueError` if a space is not made of numbers, or a mask does not fit.
+    Raises: `ValueError` if a space is not made of numbers, a mask does not fit, or
+    `hidden` is a number.
     """
     space, rest = env.single_action_space, (hidden, generator, normalize_obs)
     obs_dim, mask = observation_shape(env), action_mask(env)
@@ -120,9 +137,9 @@ def make_policy(
 
 # %% ../nbs/30a_spaces.ipynb #a99d9c6c
 def make_q_policy(
-    env: VectorEnv,
-    hidden: tuple[int, ...] = (64, 64),
-    generator: torch.Generator | None = None,
+    env: VectorEnv,                            # only its spaces are read
+    hidden: tuple[int, ...] = (64, 64),        # widths of the hidden layers
+    generator: torch.Generator | None = None,  # makes the weights reproducible
 ) -> QPolicy:
     """Greedy policy that fits the spaces of `env`.
 
@@ -136,9 +153,9 @@ def make_q_policy(
 
 # %% ../nbs/30a_spaces.ipynb #f6bd819e
 def make_deterministic_policy(
-    env: VectorEnv,
-    hidden: tuple[int, ...] = (64, 64),
-    generator: torch.Generator | None = None,
+    env: VectorEnv,                            # only its spaces are read
+    hidden: tuple[int, ...] = (64, 64),        # widths of the hidden layers
+    generator: torch.Generator | None = None,  # makes the weights reproducible
 ) -> DeterministicPolicy:
     """Deterministic policy that fits the spaces of `env`.
 
