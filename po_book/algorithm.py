@@ -20,8 +20,9 @@ from po_book.checks import (
     check_at_least, check_in, check_positive, check_whole, require
 )
 from .learner import BACKENDS, Learner, check_backend, flatten_parameters
-from .policies import Policy, make_policy
+from .policies import Policy
 from .rollout import STREAMS, Env, make_stepper, spawn_seed
+from .spaces import make_policy
 
 # %% ../nbs/33b_algorithm.ipynb #5b430826
 @dataclass(frozen=True)

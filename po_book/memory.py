@@ -21,9 +21,10 @@ from .advantage import td_target
 from .checks import check_at_least, check_in, check_positive, check_whole
 from .learner import Learner, mean_metrics
 from .off_policy import deterministic_policy_loss
-from .policies import Policy, make_deterministic_policy, make_q_policy
+from .policies import Policy
 from .rollout import Rollout
 from .algorithm import Config
+from .spaces import make_deterministic_policy, make_q_policy
 from .value_based import Replay, q_loss, soft_update
 
 # %% ../nbs/34a_memory.ipynb #eab8ec53

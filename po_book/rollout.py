@@ -25,14 +25,8 @@ from torch import Tensor
 from po_book.checks import (
     check_at_least, check_known, check_positive, check_whole, require
 )
-from po_book.policies import (
-    Normalizer,
-    Policy,
-    action_mask,
-    categories,
-    is_image,
-    space_parts,
-)
+from .policies import Normalizer, Policy
+from .spaces import action_mask, categories, is_image, space_parts
 
 # %% ../nbs/31_rollout.ipynb #c2cd8b1f
 @dataclass(frozen=True)

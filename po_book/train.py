@@ -29,13 +29,14 @@ from .algorithm import Algorithm, Config, NewPolicy
 from .learner import BACKENDS, Learner, mean_metrics
 from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
 from .natural_gradient import trpo_step
-from .policies import Policy, make_policy
+from .policies import Policy
 from .policy_gradient import discounted_returns, reinforce_loss
 from po_book.ppo import (
     AdaptiveKL, approx_kl, masked_mean, ppo_loss, ppo_metrics, ratio, value_loss
 )
 from .rollout import Env, Rollout, collect_episodes
 from .runner import Report, Run, read_run, resume_run, start_run
+from .spaces import make_policy
 
 # %% ../nbs/35_train.ipynb #0948f33f
 @dataclass(frozen=True)

@@ -29,16 +29,15 @@ from .mdp import TabularMDP, action_values, draw
 # %% ../nbs/15_value_based.ipynb #7b516088
 def epsilon_greedy(
     q: Float[Tensor, "... A"],  # action values
-    epsilon: float,             # share of random actions, in [0, 1]
+    epsilon: float | Float[Tensor, ""],  # share of random actions, in [0, 1]
 ) -> Float[Tensor, "... A"]:
     """Probabilities {eq}`eq-vb-epsilon-greedy`; ties go to the first action.
 
-    Raises: `ValueError` if `epsilon` is outside [0, 1].
+    Raises: `ValueError` if `epsilon` is a number outside [0, 1].
     """
     check_in("[0, 1]", epsilon=epsilon)
-    rest = epsilon / q.shape[-1]
-    best = q.argmax(-1, keepdim=True)
-    return torch.full_like(q, rest).scatter_(-1, best, 1 - epsilon + rest)
+    best = torch.zeros_like(q).scatter_(-1, q.argmax(-1, keepdim=True), 1)
+    return (1 - epsilon) * best + epsilon / q.shape[-1]
 
 # %% ../nbs/15_value_based.ipynb #05a499f0
 def next_values(

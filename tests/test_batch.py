@@ -6,7 +6,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import NormalizeReward
 
 from po_book.batch import RewardScale, critic_batch, minibatches
-from po_book.policies import make_policy
+from po_book.spaces import make_policy
 from po_book.rollout import Stepper, collect, make_stepper
 
 

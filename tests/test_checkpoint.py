@@ -27,9 +27,9 @@ from po_book.checkpoint import (
     NotCapturable, capture, load_checkpoint, lock_folder, replace_file, restore,
     save_checkpoint, write_table,
 )  # fmt: skip
-from po_book.policies import make_q_policy
 from po_book.rollout import collect, make_stepper
 from po_book.learner import flatten_parameters
+from po_book.spaces import make_q_policy
 from po_book.value_based import Replay
 
 

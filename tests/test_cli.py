@@ -23,10 +23,10 @@ from po_book.checkpoint import lock_folder
 from po_book.cli import LANGUAGE, load_reward, load_task, main
 from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS, Clip, Group, InLoss
-from po_book.policies import make_policy, make_q_policy
 from po_book.rollout import evaluate
 from po_book.runs import log_to, record_episode, wandb_logger, write_events
 from po_book.sampling import sample
+from po_book.spaces import make_policy, make_q_policy
 from po_book.train import ALGORITHMS, PPOConfig, default_config, load_run, train
 from po_book.train_lm import LMConfig, default_lm_config, train_lm
 

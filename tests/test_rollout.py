@@ -8,7 +8,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from po_book.batch import critic_batch
 from po_book.checkpoint import capture, restore
-from po_book.policies import CategoricalPolicy, GaussianPolicy, make_policy, make_q_policy
+from po_book.policies import CategoricalPolicy, GaussianPolicy
 from po_book.ppo import clipped_surrogate
 from po_book.rollout import (
     Stepper,
@@ -19,6 +19,7 @@ from po_book.rollout import (
     evaluate,
     make_stepper,
 )
+from po_book.spaces import make_policy, make_q_policy
 
 
 def generator(seed: int = 0) -> torch.Generator:

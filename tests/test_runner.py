@@ -12,12 +12,12 @@ from test_train import SMALL, Bandit, quick, vector
 import po_book.learner
 from po_book.advantage import normalize
 from po_book.checkpoint import load_checkpoint, save_checkpoint
-from po_book.policies import make_policy
 from po_book.ppo import ppo_loss
 from po_book.rollout import collect_episodes
 from po_book.algorithm import Algorithm, Config, new_learner
 from po_book.learner import find_device, flatten_parameters
 from po_book.runner import Diverged, read_run, resume_run, start_run
+from po_book.spaces import make_policy
 from po_book.train import ALGORITHMS, PPOConfig
 
 

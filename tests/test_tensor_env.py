@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from po_book.policies import make_policy
 from po_book.rollout import Stepper, collect, collect_episodes, evaluate, make_stepper
+from po_book.spaces import make_policy
 from po_book.tensor_env import CartPole, Recorded, TensorStepper, cartpole_motion
 
 

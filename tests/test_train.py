@@ -9,9 +9,9 @@ import po_book.ppo
 import po_book.train
 from po_book.batch import critic_batch
 from po_book.memory import ddpg_loss, dqn_loss
-from po_book.policies import make_deterministic_policy, make_q_policy
 from po_book.algorithm import Algorithm, Config, new_learner
 from po_book.runner import start_run
+from po_book.spaces import make_deterministic_policy, make_q_policy
 from po_book.train import (
     ALGORITHMS,
     A2CConfig,
