@@ -7,13 +7,13 @@ __all__ = ['LMConfig', 'LMRun', 'default_lm_config', 'fit_objective', 'LMLearner
 
 # %% ../nbs/49_small_lm.ipynb #b7283d7f
 import copy
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +22,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoint import load_checkpoint, save_checkpoint, write_table
-from .checks import check_at_least, check_known, check_positive, require
+from po_book.checkpoint import (
+    check_asked, explain_disk, load_checkpoint, lock_folder, replace_file,
+    save_checkpoint, write_asked, write_table,
+)
+from po_book.checks import (
+    check_at_least, check_in, check_known, check_positive, check_whole, require
+)
 from .language_model import ValueModel, pad_token_id
 from po_book.lm_batch import (
-    ActorCritic,
-    Answers,
-    BatchConfig,
-    collect,
-    grade,
-    gradient_step,
-    learnable,
+    ActorCritic, Answers, BatchConfig, collect, for_all, grade, gradient_step, learnable
 )
-from po_book.objective import (
-    PRESETS,
-    Group,
-    LeaveOneOut,
-    Objective,
-    OneStep,
-    Radius,
-)
+from .objective import PRESETS, Group, LeaveOneOut, Objective, OneStep, Radius
 from .rewards import Reward, verifier
 from .runner import Diverged
 from .sampling import sample
@@ -61,7 +53,7 @@ class LMConfig(BatchConfig):
     lr: float = 1e-4           # learning rate of AdamW
     warmup: int = 10           # steps in which it rises to that
     anneal: bool = True        # let it fall to zero towards the last step
-    max_grad_norm: float = 1.0  # longest gradient, Euclidean norm
+    max_grad_norm: float = 1.0  # longest gradient, Euclidean norm; inf: any
     reset_reference: int = 0   # steps between resets of the reference; 0: never
     eval_every: int = 0        # steps between scores on held-out problems; 0: never
     eval_prompts: int = 256    # held-out problems of a score
@@ -70,13 +62,17 @@ class LMConfig(BatchConfig):
     fast_cpu: bool = True      # oneDNN's products and plain attention to learn on a CPU
 
     def __post_init__(self):
-        "Raises: `ValueError` if a number makes no sense."
+        "Raises: `ValueError` if a number of something, or a rate, makes no sense."
         super().__post_init__()
-        for name in ("steps", "epochs", "minibatches", "eval_prompts", "eval_samples",
-                     "checkpoint_every", "lr", "max_grad_norm"):
-            check_positive(**{name: getattr(self, name)})
-        for name in "reset_reference", "eval_every", "warmup":
-            check_at_least(0, **{name: getattr(self, name)})
+        counts = ("steps", "epochs", "minibatches", "eval_prompts", "eval_samples",
+                  "checkpoint_every")
+        counts = {name: getattr(self, name) for name in counts}
+        pauses = "reset_reference", "eval_every", "warmup"
+        pauses = {name: getattr(self, name) for name in pauses}
+        check_whole(**counts, **pauses)
+        check_positive(**counts, lr=self.lr, max_grad_norm=self.max_grad_norm)
+        check_at_least(0, **pauses)
+        check_in("(0, inf)", lr=self.lr)
         whole = self.prompts % self.minibatches == 0
         rule = f"a divisor of prompts {self.prompts}"
         require(whole, "minibatches", rule, self.minibatches)
@@ -268,36 +264,12 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
     if bad:
         raise Diverged(f"{', '.join(bad)} not finite; a smaller lr may help")
     before = run.log[-1]["seconds"] if run.log else 0.0
-    row = {"step": step, "seconds": before + seconds} | _facts(answers, seconds)
+    row = {"step": step, "seconds": before + seconds} | answers.facts(seconds)
     row |= {"sampling": (sampled - start) / seconds} | facts | metrics
-    run.examples = _first_group(answers, learner)
+    run.examples = answers.first_group(learner.tokenizer)
     if config.eval_every and step % config.eval_every == 0:
         row["success"] = _evaluate(run, learner, step)
     run.log.append(row)
-
-# %% ../nbs/49_small_lm.ipynb #9b590533
-def _facts(answers: Answers, seconds: float) -> dict[str, float]:
-    "What the log says of the answers of a step."
-    samples = answers.samples
-    tokens = int(samples.mask.sum())
-    return {
-        "reward": answers.rewards.mean().item(),
-        "length": samples.mask.sum(1).double().mean().item(),
-        "truncated": 1 - samples.finished.double().mean().item(),
-        "entropy": -(samples.logps.sum() / tokens).item(),
-        "tokens_per_second": tokens / seconds,
-    }
-
-# %% ../nbs/49_small_lm.ipynb #5bfe918e
-def _first_group(answers: Answers, learner: LMLearner) -> list[dict]:
-    "The first prompt, its completions and their rewards."
-    rows = torch.arange(answers.rewards.shape[1])
-    texts = answers.samples.rows(rows).texts(learner.tokenizer)
-    prompt, paid = answers.prompts[0], answers.rewards[0].tolist()
-    return [
-        {"prompt": prompt, "completion": text, "reward": r}
-        for text, r in zip(texts, paid)
-    ]
 
 # %% ../nbs/49_small_lm.ipynb #4f0c502d
 def _reset(learner: LMLearner) -> None:
@@ -339,33 +311,32 @@ def _fast_cpu(*models: "PreTrainedModel | None") -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 # %% ../nbs/49_small_lm.ipynb #afba1f36
-def _claim(run: LMRun, accelerator: Accelerator, out: Path, asked: dict) -> None:
-    "Write down what is asked, where no other run has its files."
-    held = (out / "run.json").exists()
-    accelerator.wait_for_everyone()  # every process looks before one of them writes
-    if held:
-        advice = "resume it, or choose another folder"
-        raise ValueError(f"{out} holds a run already: {advice}")
-    if not accelerator.is_main_process:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    facts = asked | {"seed": run.seed, "config": asdict(run.config)}
+@contextmanager
+def _owned(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
+    "The folder belongs to the processes of this run as long as the block runs."
+    with ExitStack() as stack:
+        for_all(accelerator, lambda: stack.enter_context(lock_folder(out)))
+        yield
+
+# %% ../nbs/49_small_lm.ipynb #66f0245d
+def _asked(run: LMRun, task: Task, more: dict) -> dict[str, Any]:
+    "What is asked of a run, as a file holds it."
+    problems = str(task) if is_dataclass(task) else type(task).__name__
+    facts = more | {"problems": problems, "seed": run.seed}
+    facts["config"] = asdict(run.config)
     facts["objective"] = {
         f.name: {"is": type(choice).__name__} | asdict(choice)
         for f in fields(run.objective)
         for choice in [getattr(run.objective, f.name)]
     }
-    (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+# %% ../nbs/49_small_lm.ipynb #fdf45ee0
+_FREE = "config.checkpoint_every", "config.micro_batch"  # these change no number
 
 # %% ../nbs/49_small_lm.ipynb #526ccd31
-def _save(run: LMRun, learner: LMLearner, out: Path) -> None:
-    "Write a checkpoint; the one before it goes when this one is whole."
-    accelerator = learner.accelerator
-    part, done = out / "checkpoint.part", out / f"checkpoint-{len(run.log):08d}"
-    if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(part, safe_serialization=False)  # weights may be tied
+def _own_state(run: LMRun, learner: LMLearner) -> dict[str, Any]:
+    "What a checkpoint of this process has beside what accelerate writes."
     own = {
         "log": run.log,
         "asked": learner.asked,
@@ -374,21 +345,48 @@ def _save(run: LMRun, learner: LMLearner, out: Path) -> None:
     }
     if run.config.reset_reference and learner.reference is not None:
         own["reference"] = learner.reference.state_dict()
-    save_checkpoint(part / f"process-{accelerator.process_index}.pt", own)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        part.replace(done)
+    return own
+
+# %% ../nbs/49_small_lm.ipynb #be2ff1e8
+def _write(run: LMRun, learner: LMLearner, part: Path, done: Path) -> None:
+    "A whole checkpoint at `done`, or none; until then it is at `part`."
+    accelerator = learner.accelerator
+    try:
+        with explain_disk(done):
+            accelerator.save_state(part, safe_serialization=False)  # tied weights
+        own = part / f"process-{accelerator.process_index}.pt"
+        save_checkpoint(own, _own_state(run, learner))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            part.replace(done)
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+
+# %% ../nbs/49_small_lm.ipynb #f0c06d92
+def _save(run: LMRun, learner: LMLearner, out: Path) -> None:
+    "Write a checkpoint; the one before it goes when this one is whole."
+    part, done = out / "checkpoint.part", out / f"checkpoint-{len(run.log):08d}"
+    if learner.accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+    learner.accelerator.wait_for_everyone()
+    _write(run, learner, part, done)
+    if learner.accelerator.is_main_process:
         for old in set(out.glob("checkpoint-*")) - {done}:
             shutil.rmtree(old)
         write_table(out / "log.csv", run.log)
 
-# %% ../nbs/49_small_lm.ipynb #be2ff1e8
+# %% ../nbs/49_small_lm.ipynb #4072dc64
 def _restore(run: LMRun, learner: LMLearner, out: Path) -> None:
     "Go back to the last checkpoint, if there is one."
     found = sorted(out.glob("checkpoint-*"))
     if not found:
         return
-    learner.accelerator.load_state(found[-1])
+    try:
+        learner.accelerator.load_state(found[-1])
+    except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        said = f"{found[-1]} is damaged, or of another model: {error}"
+        raise ValueError(said) from error
     path = found[-1] / f"process-{learner.accelerator.process_index}.pt"
     own = load_checkpoint(path, learner.policy.device)
     run.log.extend(own["log"])
@@ -397,6 +395,16 @@ def _restore(run: LMRun, learner: LMLearner, out: Path) -> None:
     learner.order.set_state(own["order"])
     if "reference" in own:
         learner.reference.load_state_dict(own["reference"])
+
+# %% ../nbs/49_small_lm.ipynb #6f6c817b
+def _save_model(learner: LMLearner, out: Path) -> None:
+    "What was learned, as others can load it."
+
+    def write(part: Path) -> None:
+        learner.policy.save_pretrained(part)
+        learner.tokenizer.save_pretrained(part)
+
+    for_all(learner.accelerator, lambda: replace_file(out / "model", write))
 
 # %% ../nbs/49_small_lm.ipynb #4cd498f3
 @contextmanager
@@ -421,7 +429,7 @@ def _bar_text(row: dict[str, float]) -> dict[str, str]:
 def _loop(
     run: LMRun, learner: LMLearner, out: Path | None, bar: tqdm, report: Callable | None
 ) -> None:
-    "All steps that are left."
+    "All steps that are left, and what was learned in them."
     steps, pause = run.config.steps, run.config.checkpoint_every
     while len(run.log) < steps:
         _advance(run, learner)
@@ -432,6 +440,8 @@ def _loop(
         done = len(run.log)
         if out is not None and (done == steps or done % pause == 0):
             _save(run, learner, out)
+    if out is not None:
+        _save_model(learner, out)
 
 # %% ../nbs/49_small_lm.ipynb #22137beb
 def train_lm(
@@ -453,8 +463,9 @@ def train_lm(
     """Let `model` learn from rewards.
 
     Raises: `ValueError` if the objective and the settings do not fit together, if a
-    reward is missing or not finite, if `out` holds a run and `resume` is false, or
-    if there is no `out` to resume;
+    reward is missing or not finite, if `out` holds a run and `resume` is false, or is
+    another process's, or if there is no run to resume, or something else was asked of
+    it; `OSError` if `out` cannot be written, with its last checkpoint as it was;
     `NoSignal` if no informative groups are found; `Diverged` if a number is not finite.
     """
     if resume and out is None:
@@ -462,17 +473,17 @@ def train_lm(
     objective = _known(objective)
     config = default_lm_config(objective) if config is None else config
     run = LMRun(fit_objective(objective, config), config, seed, model)
+    out, facts = out and Path(out), _asked(run, task, asked or {})
+    if resume:
+        check_asked(out, facts, _FREE)
     pad_token_id(tokenizer)
     learner = _learner(run, tokenizer, task, reward, device)
-    out = None if out is None else Path(out)
-    if resume:
-        _restore(run, learner, out)
-    elif out is not None:
-        _claim(run, learner.accelerator, out, asked or {})
-    known = dict(total=config.steps, initial=len(run.log), unit=" steps")
-    with tqdm(**known, disable=not progress) as bar, _explained(run, out):
-        _loop(run, learner, out, bar, report)
-    if out is not None and learner.accelerator.is_main_process:
-        model.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+    with _owned(learner.accelerator, out):
+        if resume:
+            _restore(run, learner, out)
+        elif out is not None:
+            for_all(learner.accelerator, lambda: write_asked(out, facts))
+        known = dict(total=config.steps, initial=len(run.log), unit=" steps")
+        with tqdm(**known, disable=not progress) as bar, _explained(run, out):
+            _loop(run, learner, out, bar, report)
     return run
