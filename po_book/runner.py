@@ -66,10 +66,13 @@ class Run:
         rows = [row for row in self.log if key in row]
         return [row["steps"] for row in rows], [row[key] for row in rows]
 
-    def evaluate(self, episodes: int = 100, seed: int = 0) -> Float[Tensor, "episodes"]:
-        "Return of each of `episodes` fresh episodes, actions sampled."
+    def evaluate(
+        self, episodes: int = 100, seed: int = 0, deterministic: bool = False,
+        max_steps: int = 100_000,
+    ) -> Float[Tensor, "episodes"]:
+        "Return of each of `episodes` fresh episodes, as `rollout.evaluate` plays them."
         env = self.env if self.eval_env is None else self.eval_env
-        return evaluate(self.policy, env, episodes, seed)
+        return evaluate(self.policy, env, episodes, seed, deterministic, max_steps)
 
 # %% ../nbs/34_runner.ipynb #ce8b45e3
 def _checked(
