@@ -172,7 +172,7 @@ def _capture(learner: Learner) -> dict:
 
 def _restore(run: Run, learner: Learner, state: dict) -> None:
     "Undo `_capture` in a new learner."
-    if "order" not in state:
+    if not {f.name for f in fields(Learner)} - {"stepper"} <= state.keys():
         raise ValueError("the checkpoint was written by another version of po_book")
     for name, part in state.items():
         restore(getattr(learner, name), part)

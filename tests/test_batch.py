@@ -20,14 +20,14 @@ def test_the_batch_is_the_valid_rows_of_the_table():
     rollout = collect(policy, stepper, 60, generator())
     batch = critic_batch(policy, rollout, 0.9, 0.8)
     assert not rollout.valid.all()
-    assert len(batch["logp"]) == rollout.valid.sum()
+    assert torch.equal(batch["mask"], rollout.valid.flatten())
     logp, _ = policy.evaluate(batch["obs"], batch["actions"])
     torch.testing.assert_close(batch["logp"], logp.detach())
     values = policy.value(batch["obs"]).detach()
     torch.testing.assert_close(batch["returns"], batch["advantages"] + values)
     # By hand, for the last transition of an episode that ended by itself.
     t, n = rollout.terminated.nonzero()[0].tolist()
-    index = int(rollout.valid[:t].sum() + rollout.valid[t, :n].sum())
+    index = 4 * t + n
     value = policy.value(rollout.obs[t, n]).detach()
     torch.testing.assert_close(batch["advantages"][index], 1.0 - value)
 
@@ -125,7 +125,17 @@ def test_what_follows_a_truncation_has_a_value():
     batch, valid = critic_batch(policy, rollout, 0.9, 0.0), rollout.valid
     assert rollout.truncated.sum() > 5
     value, following = (policy.value(x).detach() for x in (rollout.obs, rollout.next_obs))
-    torch.testing.assert_close(batch["advantages"], (rollout.rewards + 0.9 * following - value)[valid])
+    deltas = rollout.rewards + 0.9 * following - value
+    torch.testing.assert_close(batch["advantages"][valid.flatten()], deltas[valid])
+
+
+def test_where_every_row_is_a_transition_there_is_no_mask():
+    stepper = make_stepper("po_book/CartPole-v1", 3, seed=0)
+    policy = make_policy(stepper.env, generator=generator())
+    rollout = collect(policy, stepper, 50, generator())
+    assert rollout.complete and rollout.mask is None and rollout.done.any()
+    assert "mask" not in critic_batch(policy, rollout, 0.9, 0.8)
+    assert torch.equal(rollout.transitions("obs"), rollout.obs.flatten(0, 1))
 
 
 def test_the_same_numbers_as_gymnasium():

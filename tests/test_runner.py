@@ -13,7 +13,7 @@ import po_book.learner
 from po_book.advantage import normalize
 from po_book.checkpoint import load_checkpoint, save_checkpoint
 from po_book.ppo import ppo_loss
-from po_book.rollout import collect_episodes
+from po_book.rollout import collect_episodes, spawn_seed
 from po_book.algorithm import Algorithm, Config, new_learner
 from po_book.learner import find_device, flatten_parameters
 from po_book.runner import Diverged, read_run, resume_run, start_run
@@ -61,7 +61,13 @@ def test_flat_parameters_are_the_parameters():
             optimizer.step()
     for a, b in zip(*(policy.parameters() for policy in policies)):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    assert len(weights) == sum(p.numel() for p in policies[0].parameters())
+    starts = [p.data_ptr() - weights.data_ptr() for p in policies[0].parameters()]
+    assert starts[0] == 0 and all(start % 64 == 0 for start in starts)
+    assert weights.numel() == sum(-(-p.numel() // 16) * 16 for p in policies[0].parameters())
+    places = torch.ones(weights.numel(), dtype=torch.bool)
+    for p, start in zip(policies[0].parameters(), starts):
+        places[start // 4 : start // 4 + p.numel()] = False
+    assert places.any() and (weights[places] == 0).all()  # what lies between stays zero
 
 
 def test_a_function_that_makes_an_environment():
@@ -152,7 +158,7 @@ def test_spaces_that_are_not_supported():
 @pytest.mark.parametrize(
     "backend, message",
     [
-        ("fast", "backend must be one of .*recorded.*, got 'fast'"),
+        ("fast", "backend of ppo must be one of .*recorded.*, got 'fast'"),
         ("recorded", "backend recorded needs environments made of tensors on a GPU"),
     ],
 )
@@ -315,7 +321,8 @@ def test_a_module_is_trained_itself_and_the_function_sees_the_spaces():
 
 def test_a_policy_that_is_given_is_the_one_that_would_be_made():
     "Equal weights, equal run."
-    made = make_policy(vector("CartPole-v1"), generator=torch.Generator().manual_seed(0))
+    weights = torch.Generator().manual_seed(spawn_seed(0, "weights"))
+    made = make_policy(vector("CartPole-v1"), generator=weights)
     runs = quick("ppo", policy=made), quick("ppo")
     assert all(map(torch.equal, *(run.policy.parameters() for run in runs)))
 
@@ -422,10 +429,11 @@ def test_a_policy_that_cannot_act_is_refused():
         quick("ppo", config=NoConfig())
 
 
-def test_a_checkpoint_without_what_methods_keep_is_refused(tmp_path):
+@pytest.mark.parametrize("part", ["extra", "order"])
+def test_a_checkpoint_without_what_a_learner_keeps_is_refused(tmp_path, part):
     quick("ppo", out=tmp_path)
     state = load_checkpoint(tmp_path / "checkpoint.pt")
-    del state["learner"]["extra"]
+    del state["learner"][part]
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     with pytest.raises(ValueError, match="another version of po_book"):
         resume_run(tmp_path, ALGORITHMS, progress=False)
