@@ -168,8 +168,8 @@ def check_finite(
 def readable(
     x: Shaped[Tensor, "..."],  # on any device
 ) -> bool:
-    "Whether its numbers can be looked at without waiting for them."
-    return x.device.type == "cpu"
+    "Whether its numbers can be looked at without waiting, or breaking up a graph."
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 # %% ../nbs/11_checks.ipynb #82db564e
 def check_result(

@@ -22,6 +22,7 @@ from po_book.checks import (
     describe,
     distribution,
     keep,
+    readable,
     require,
     table,
 )

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -210,6 +211,18 @@ def test_a_backend_gets_the_same_functions_and_numbers_as_tensors(algorithm, bac
     assert list(dict.fromkeys(Counting.prepared)) == prepared and len(Counting.prepared) <= len(prepared) + 1
     for a, b in zip(*(run.policy.parameters() for run in runs)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo", "dqn"])
+def test_a_compiled_loss_is_one_graph(algorithm, monkeypatch):
+    "Traced for real, without what generates code; a number that is looked at would break it."
+    traced = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
+    config = replace(SMALL[algorithm], total_steps=300)
+    kinds = "eager", "compiled"
+    runs = [quick(algorithm, env="po_book/CartPole-v1", backend=kind, config=config) for kind in kinds]
+    for a, b in zip(*(run.policy.parameters() for run in runs)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("algorithm, backend", [
