@@ -206,7 +206,8 @@ def _draw(
             spread_curves(ax, curves, label, points=200)
         ax.set(title=title, xlabel=over, ylabel=key)
         ax.legend()
-        fig.savefig(out)
+        kind = out.suffix[1:] or "png"
+        replace_file(out, lambda part: fig.savefig(part, format=kind))
         plt.close(fig)
 
 # %% ../nbs/60a_runs.ipynb #6bc65678

@@ -385,8 +385,8 @@ def _restore(run: LMRun, learner: LMLearner, out: Path) -> None:
     try:
         learner.accelerator.load_state(found[-1])
     except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        said = f"{found[-1]} is damaged, or of another model: {error}"
-        raise ValueError(said) from error
+        why = "is damaged, or of another model"
+        raise ValueError(f"{found[-1]} {why}") from error
     path = found[-1] / f"process-{learner.accelerator.process_index}.pt"
     own = load_checkpoint(path, learner.policy.device)
     run.log.extend(own["log"])

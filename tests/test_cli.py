@@ -627,6 +627,24 @@ def test_a_legend_tells_choices_of_an_objective_apart(here):
     assert labels == ["grpo, beta=0.04 (n=1)", "grpo, beta=0.5 (n=1)"]
 
 
+def test_a_picture_is_drawn_whole_or_stays_as_it_was(here, capsys):
+    fake_run("a", ROWS)
+    for name in "x.svg", "x.png", "x":
+        assert run(f"plot a --out {name}") == 0
+        before = Path(name).read_bytes()
+        room = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, room[1]))
+        try:
+            assert run(f"plot a --out {name}") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, room)
+        said = f"File too large; the file is as it was: '{name}'"
+        assert capsys.readouterr().err == f"po-book: [Errno 27] {said}\n"
+        assert Path(name).read_bytes() == before and not Path(f"{name}.part").exists()
+    with Image.open("x") as picture:
+        assert picture.format == "PNG"
+
+
 def test_a_real_run_is_plotted(trained, here):
     assert run(f"plot {trained} --key approx_kl --out curve.png") == 0
     with Image.open("curve.png") as picture:

@@ -494,7 +494,7 @@ def test_what_changes_no_number_may_differ(tmp_path):
 def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(tmp_path):
     config = stopped(tmp_path)
     wide = tiny_lm(char_tokenizer(), width=64, layers=2, heads=2, context=32)
-    said = "checkpoint-00000002 is damaged, or of another model"
+    said = "checkpoint-00000002 is damaged, or of another model$"
     with pytest.raises(ValueError, match=said):
         run("dr-grpo", config, out=tmp_path, resume=True, start=wide)
     path = tmp_path / "checkpoint-00000002" / "pytorch_model.bin"
