@@ -68,14 +68,14 @@ def reinforce_iteration(
 class CriticConfig(Config):
     "Settings that methods with a critic share."
 
-    total_steps: int = 50_000
-    gamma: float = 0.98
-    n_steps: int = 64           # steps of every environment an iteration
-    lam: float = 0.9            # decay of GAE
+    total_steps: int = 200_000
+    lr: float = 1e-3
+    n_steps: int = 128          # steps of every environment an iteration
+    lam: float = 0.95           # decay of GAE
     max_grad_norm: float = 0.5  # longest gradient, Euclidean norm
     anneal: bool = True  # let the learning rate (and PPO's clip range) fall to zero
-    normalize_obs: bool = False  # scale observations by their running mean and variance
-    normalize_rewards: bool = False  # learn in units of the returns' running deviation
+    normalize_obs: bool = True  # scale observations by their running mean and variance
+    normalize_rewards: bool = True  # learn in units of the returns' running deviation
     needs: ClassVar = ("evaluate", "value")
 
     def __post_init__(self):
@@ -115,11 +115,8 @@ def _batch(
 class A2CConfig(CriticConfig):
     "Settings of A2C."
 
-    total_steps: int = 100_000
-    lr: float = 7e-3
-    gamma: float = 0.99
-    n_steps: int = 32
-    lam: float = 0.95
+    lr: float = 3e-3
+    n_steps: int = 16
     value_coef: float = 0.5    # weight of the value loss
     entropy_coef: float = 0.0  # weight of the entropy bonus
 
@@ -163,7 +160,7 @@ def a2c_iteration(
 class EpochsConfig(CriticConfig):
     "Settings that methods with epochs share."
 
-    epochs: int = 8       # passes over the rollout
+    epochs: int = 10      # passes over the rollout
     minibatch: int = 256  # transitions a gradient step
 
     def __post_init__(self):
@@ -374,17 +371,28 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 # %% ../nbs/35_train.ipynb #c0deece5
 #| code-fold: true
+_AS_IT_IS = dict(normalize_obs=False, normalize_rewards=False)  # of unit size already
+_FAST = _AS_IT_IS | dict(
+    total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, n_steps=64, epochs=8
+)
+_CARTPOLE = {
+    "a2c": _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32),
+    "trpo": _FAST,
+    "ppo": _FAST,
+}
 PRESETS: dict[tuple[str, str], dict] = {
-    ("ppo", "Acrobot-v1"): dict(total_steps=100_000),
+    **{(method, "CartPole-v1"): known for method, known in _CARTPOLE.items()},
+    **{(method, "po_book/CartPole-v1"): known for method, known in _CARTPOLE.items()},
+    ("ppo", "Acrobot-v1"): _FAST | dict(total_steps=100_000),
     # All episodes last 200 steps side by side: a shorter rollout has seen one phase.
-    ("ppo", "Pendulum-v1"): dict(
+    ("ppo", "Pendulum-v1"): _FAST | dict(
         total_steps=150_000, n_steps=200, minibatch=64, gamma=0.95
     ),
-    ("trpo", "Pendulum-v1"): dict(
+    ("trpo", "Pendulum-v1"): _FAST | dict(
         total_steps=200_000, n_envs=32, n_steps=200, epochs=10, gamma=0.95, lam=0.95,
         max_grad_norm=100.0, max_kl=0.02,
     ),
-    ("ppo", "LunarLander-v3"): dict(
+    ("ppo", "LunarLander-v3"): _FAST | dict(
         total_steps=600_000, n_steps=256, lr=2e-3, gamma=0.995, lam=0.98,
         max_grad_norm=10.0,
     ),
@@ -392,7 +400,7 @@ PRESETS: dict[tuple[str, str], dict] = {
 
 
 def default_config(algorithm: str, env: Env) -> Config:
-    """Settings known to work on `env`, or else those of the algorithm.
+    """Settings known to work on `env`, or else the general ones of the algorithm.
 
     Raises: `ValueError` if the algorithm is unknown.
     """

@@ -29,7 +29,7 @@ from po_book.rollout import evaluate
 from po_book.runs import log_to, record_episode, wandb_logger, write_events
 from po_book.sampling import sample
 from po_book.spaces import make_policy, make_q_policy
-from po_book.train import ALGORITHMS, PPOConfig, default_config, load_run, train
+from po_book.train import ALGORITHMS, default_config, load_run, train
 from po_book.train_lm import LMConfig, default_lm_config, train_lm
 
 TINY = "--device cpu --n-envs 4 --n-steps 32 --minibatch 64 --epochs 2"
@@ -137,8 +137,8 @@ def test_the_command_line_imports_nothing_that_only_one_command_needs():
 
 def test_the_command_trains_what_the_function_trains(here, capsys):
     assert run(f"{TRAIN} --seed 3 --hidden 8 9 --no-anneal") == 0
-    config = PPOConfig(
-        total_steps=600, n_envs=4, n_steps=32, minibatch=64, epochs=2, eval_episodes=5,
+    config = replace(
+        default_config("ppo", "CartPole-v1"), total_steps=600, n_envs=4, n_steps=32, minibatch=64, epochs=2, eval_episodes=5,
         hidden=(8, 9), anneal=False,
     )  # fmt: skip
     want = train("ppo", "CartPole-v1", seed=3, config=config, progress=False)

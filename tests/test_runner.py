@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_train import SMALL, Bandit, quick, vector
+from test_train import SMALL, Bandit, cartpole, quick, vector
 
 import po_book.algorithm
 import po_book.learner
@@ -45,7 +45,7 @@ def test_the_log_counts_transitions_and_time(algorithm):
 
 
 def test_learning_stops_at_the_first_mean_return_that_is_good_enough():
-    config = PPOConfig(total_steps=50_000, eval_every=1, eval_episodes=5, solved_at=1.0)
+    config = cartpole("ppo", total_steps=50_000, eval_every=1, eval_episodes=5, solved_at=1.0)
     run = quick("ppo", config=config)
     assert len(run.log) == 1 and run.log[0]["mean_return"] >= 1.0
 
@@ -74,7 +74,7 @@ def test_flat_parameters_are_the_parameters():
 
 
 def test_a_function_that_makes_an_environment():
-    config = PPOConfig(total_steps=20_000, n_envs=8, eval_every=1_000, eval_episodes=20, solved_at=9.0)
+    config = cartpole("ppo", total_steps=20_000, n_envs=8, eval_every=1_000, eval_episodes=20, solved_at=9.0)
     assert quick("ppo", env=Bandit, config=config).log[-1]["mean_return"] >= 9.0
 
 
@@ -248,7 +248,7 @@ def test_a_gradient_step_reads_nothing_where_it_would_have_to_wait():
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["recorded", "compiled"])
 def test_backends_learn_the_same_on_a_gpu(backend):
-    config = PPOConfig(total_steps=8_000, n_envs=64, n_steps=32)
+    config = cartpole("ppo", total_steps=8_000, n_envs=64, n_steps=32)
     kwargs = {"env": "po_book/CartPole-v1", "device": "cuda", "config": config}
     eager, other = (quick("ppo", backend=name, **kwargs) for name in ("eager", backend))
     assert [row["return"] for row in eager.log[:2]] == [row["return"] for row in other.log[:2]]
@@ -462,7 +462,7 @@ class Looks(Trunk):
 
 
 def test_a_network_for_images():
-    config = PPOConfig(total_steps=16_000, n_envs=16, n_steps=32, lr=1e-2)
+    config = cartpole("ppo", total_steps=16_000, n_envs=16, n_steps=32, lr=1e-2)
     run = quick("ppo", env=Bright, policy=Looks, config=config)
     assert run.log[0]["return"] < 7 and run.evaluate().mean() > 9
 
