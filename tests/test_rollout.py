@@ -74,6 +74,7 @@ def test_rows_are_true_transitions_in_every_mode(policy, mode, truncates):
         follows = table.done[:-1] & valid[1:]
         assert (table.obs[1:].squeeze(-1)[follows] >= 1).all()
         assert valid.all() == (mode != AutoresetMode.NEXT_STEP)
+        assert table.complete == (mode != AutoresetMode.NEXT_STEP)
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
