@@ -327,7 +327,7 @@ class Numbered(gym.Env):
 
 def test_the_return_of_a_row_is_the_mean_of_the_latest_hundred():
     "Every other row is a restart and counts for nothing."
-    config = CountConfig(total_steps=150, n_envs=1)
+    config = CountConfig(total_steps=152, n_envs=1)  # the nineteenth row is the last
     run = start_run("count", METHODS["count"], Numbered, config, progress=False)
     ended = [row["steps"] for row in run.log]
     assert ended == [8 * i for i in range(1, 20)]
@@ -393,6 +393,15 @@ def test_a_policy_with_a_shared_layer_is_trained_and_by_the_seed_alone(algorithm
     start = new_learner("CartPole-v1", 0, SMALL[algorithm], policy=Trunk).policy
     moved = [not torch.equal(p, q) for p, q in zip(start.parameters(), runs[0].policy.parameters())]
     assert moved == [True] * 4 + [algorithm != "reinforce"] * 2  # body, actor, critic
+
+
+def test_a_policy_that_is_made_draws_from_the_seed_whatever_was_drawn_before():
+    torch.manual_seed(spawn_seed(5, "weights"))
+    wanted = Trunk()
+    for before in 0, 1:
+        torch.manual_seed(before)
+        made = new_learner("CartPole-v1", 5, SMALL["ppo"], policy=Trunk).policy
+        assert all(map(torch.equal, made.parameters(), wanted.parameters()))
 
 
 def test_a_module_is_trained_itself_and_the_function_sees_the_spaces():
