@@ -196,6 +196,14 @@ def test_bounds_of_one_and_none_keep_every_bit(low, high):
     assert torch.equal(policy.evaluate(obs, noise)[0], expected)
 
 
+def test_actions_are_counted_in_the_bounds_of_their_space():
+    space = Box(np.float32([[10, -2000], [-1, 3]]), np.float32([[12, 2000], [np.inf, 3]]))
+    policy = make_policy(env_with(action=space))
+    assert policy.middle.tolist() == [11, 0, 0, 0] and policy.half_width.tolist() == [1, 2000, 1, 1]
+    bounded = make_deterministic_policy(env_with(action=Box(np.float32([10, -4]), np.float32([12, 0]))))
+    assert bounded.middle.tolist() == [11, -2] and bounded.half_width.tolist() == [1, 2]
+
+
 def test_images_get_convolutions_in_actor_and_critic_and_vectors_do_not():
     image = Box(0, 255, (8, 8, 3), "uint8")
     policy = make_policy(env_with(obs=image), normalize_obs=True)
