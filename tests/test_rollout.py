@@ -119,8 +119,11 @@ def test_one_row_of_a_limit_lets_the_others_go_on():
     assert not table.valid[5].any() and table.valid[6].all()
 
 
-def test_one_episode_of_each_environment(policy):
-    table = collect_episodes(policy, Stepper(vector("NextStep", n=5)), generator(), seed=0)
+@pytest.mark.parametrize("truncates", [False, True])
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_one_episode_of_each_environment(policy, mode, truncates):
+    stepper = Stepper(vector(mode, n=5, truncates=truncates))
+    table = collect_episodes(policy, stepper, generator(), seed=0)
     lengths = table.valid.sum(0)
     assert (lengths == table.obs[0].squeeze(-1)).all()
     for i, length in enumerate(lengths):

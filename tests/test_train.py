@@ -654,6 +654,16 @@ def test_which_rate_each_step_used(algorithm, settings, falls, monkeypatch):
     assert steps > 2
 
 
+@pytest.mark.parametrize(
+    "algorithm, steps", [("ppo", 4), ("trpo", 4), ("a2c", 1), ("reinforce", 1), ("dqn", 8), ("ddpg", 8)]
+)
+def test_how_many_gradient_steps_an_iteration_takes(algorithm, steps, monkeypatch):
+    "Two epochs of two parts; one step; as many as asked, once there is something to learn from."
+    taken = [len(row["rates"]) for row in spied(monkeypatch, algorithm)]
+    waiting = [0] * 3 if algorithm in ("dqn", "ddpg") else []  # 64, 128 and 192 are below 200
+    assert taken == waiting + [steps] * (len(taken) - len(waiting)) and len(taken) > len(waiting)
+
+
 @pytest.mark.parametrize("settings, low, high", [({}, 0.2, 0.2), ({"clip": 0.1, "clip_high": 0.3}, 0.1, 0.3)])
 @pytest.mark.parametrize("anneal", [True, False])
 def test_which_clip_range_each_step_used(settings, low, high, anneal, monkeypatch):
