@@ -519,6 +519,8 @@ def test_rows_that_are_no_transitions_teach_nothing(algorithm, settings, monkeyp
         monkeypatch.setattr(po_book.train, "critic_batch", batch)
         monkeypatch.setattr(po_book.train, "collect_episodes", whole)
         learner = new_learner("CartPole-v1", 0, config)
+        with torch.no_grad():
+            learner.policy.actor[-1].weight.mul_(100)  # so that what is seen makes a difference
         _, metrics = ALGORITHMS[algorithm].iteration(learner, config, 1.0)
         results.append({name: torch.as_tensor(x) for name, x in metrics.items()} | {"weights": flat(learner.policy)})
     assert results[0].keys() == results[1].keys()
