@@ -97,8 +97,10 @@ def test_returns_are_sums_of_rewards_wherever_rollouts_end(policy, mode):
 
 
 def test_returns_of_whole_episodes_carry_nothing_over(policy):
-    table = collect_episodes(policy, Stepper(vector(AutoresetMode.NEXT_STEP)), generator(), seed=0)
-    returns, so_far = episode_returns(table, torch.zeros(3).double())
+    stepper = Stepper(vector(AutoresetMode.NEXT_STEP, n=20))
+    table = collect_episodes(policy, stepper, generator(), seed=0)
+    assert (table.done & ~table.valid).any()  # a second episode of some has ended too
+    returns, so_far = episode_returns(table, torch.zeros(20).double())
     assert sorted(returns.tolist()) == sorted((table.rewards * table.valid).sum(0).tolist())
     assert not so_far.any()
 
@@ -119,8 +121,11 @@ def test_one_row_of_a_limit_lets_the_others_go_on():
     assert not table.valid[5].any() and table.valid[6].all()
 
 
-def test_one_episode_of_each_environment(policy):
-    table = collect_episodes(policy, Stepper(vector("NextStep", n=5)), generator(), seed=0)
+@pytest.mark.parametrize("truncates", [False, True])
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_one_episode_of_each_environment(policy, mode, truncates):
+    stepper = Stepper(vector(mode, n=5, truncates=truncates))
+    table = collect_episodes(policy, stepper, generator(), seed=0)
     lengths = table.valid.sum(0)
     assert (lengths == table.obs[0].squeeze(-1)).all()
     for i, length in enumerate(lengths):

@@ -68,6 +68,15 @@ def test_learning_stops_at_the_first_mean_return_that_is_good_enough():
     assert len(run.log) == 1 and run.log[0]["mean_return"] >= 1.0
 
 
+def test_a_mean_return_just_as_high_is_good_enough():
+    def paid():
+        return gym.wrappers.TransformReward(Bandit(), lambda r: 2.0)
+
+    config = replace(SMALL["ppo"], eval_every=300, eval_episodes=2, solved_at=20.0)
+    run = quick("ppo", env=paid, config=config)
+    assert run.curve("mean_return") == ([run.steps], [20.0]) and 300 <= run.steps < 600
+
+
 def test_flat_parameters_are_the_parameters():
     "Two steps of the flat Adam are two steps of the ordinary one, gradient bound included."
     policies = [make_policy(vector("CartPole-v1"), (8,), torch.Generator().manual_seed(0)) for _ in range(2)]

@@ -521,6 +521,8 @@ def test_rows_that_are_no_transitions_teach_nothing(algorithm, settings, monkeyp
         monkeypatch.setattr(po_book.train, "critic_batch", batch)
         monkeypatch.setattr(po_book.train, "collect_episodes", whole)
         learner = new_learner("CartPole-v1", 0, config)
+        with torch.no_grad():
+            learner.policy.actor[-1].weight.mul_(100)  # so that what is seen makes a difference
         _, metrics = ALGORITHMS[algorithm].iteration(learner, config, 1.0)
         results.append({name: torch.as_tensor(x) for name, x in metrics.items()} | {"weights": flat(learner.policy)})
     assert results[0].keys() == results[1].keys()
@@ -654,6 +656,16 @@ def test_which_rate_each_step_used(algorithm, settings, falls, monkeypatch):
         steps += len(row["rates"])
         assert row["rates"] == pytest.approx([lr * (row["left"] if falls else 1.0)] * len(row["rates"]))
     assert steps > 2
+
+
+@pytest.mark.parametrize(
+    "algorithm, steps", [("ppo", 4), ("trpo", 4), ("a2c", 1), ("reinforce", 1), ("dqn", 8), ("ddpg", 8)]
+)
+def test_how_many_gradient_steps_an_iteration_takes(algorithm, steps, monkeypatch):
+    "Two epochs of two parts; one step; as many as asked, once there is something to learn from."
+    taken = [len(row["rates"]) for row in spied(monkeypatch, algorithm)]
+    waiting = [0] * 3 if algorithm in ("dqn", "ddpg") else []  # 64, 128 and 192 are below 200
+    assert taken == waiting + [steps] * (len(taken) - len(waiting)) and len(taken) > len(waiting)
 
 
 @pytest.mark.parametrize("settings, low, high", [({}, 0.2, 0.2), ({"clip": 0.1, "clip_high": 0.3}, 0.1, 0.3)])
