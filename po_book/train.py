@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'CriticConfig', 'A2CConfig', 'a2c_iteration',
-           'EpochsConfig', 'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_iteration', 'default_config', 'train',
-           'resume', 'load_run']
+           'EpochsConfig', 'TRPOConfig', 'trpo_iteration', 'PPOConfig', 'ppo_epochs', 'ppo_iteration', 'default_config',
+           'train', 'resume', 'load_run']
 
 # %% ../nbs/35_train.ipynb #1364a332
 from collections.abc import Callable
@@ -29,7 +29,9 @@ from .memory import DDPGConfig, DQNConfig, ddpg_iteration, dqn_iteration
 from .natural_gradient import trpo_step
 from .policies import Policy, make_policy
 from .policy_gradient import discounted_returns, reinforce_loss
-from .ppo import AdaptiveKL, approx_kl, ppo_loss, ratio, value_loss
+from po_book.ppo import (
+    AdaptiveKL, approx_kl, masked_mean, ppo_loss, ratio, value_loss
+)
 from po_book.rollout import (
     Env, Rollout, collect_episodes, critic_batch, minibatches
 )
@@ -264,35 +266,34 @@ class PPOConfig(EpochsConfig):
         return {"kl": AdaptiveKL(self.kl_target, self.kl_coef)}
 
 # %% ../nbs/35_train.ipynb #60cffaa4
-def ppo_iteration(
+def ppo_epochs(
     learner: Learner,
     config: PPOConfig,
-    remaining: float,  # fraction of the run that is left
-) -> tuple[Rollout, dict[str, Tensor]]:
-    "Collect a rollout and improve the clipped objective on it for a few epochs."
+    batch: dict[str, Tensor],  # from `critic_batch`; "mask" says which entries count
+    remaining: float,          # fraction of the run that is left
+) -> dict[str, Tensor]:
+    "Improve the clipped objective on a batch for a few epochs."
     policy, pace = learner.policy, config.pace(remaining)
     adaptive = learner.extra.get("kl")
 
-    def improve(low, high, beta, obs, actions, logp, advantages, returns) -> dict:
+    def improve(low, high, beta, obs, actions, logp, advantages, returns, mask=None):
         "One gradient step on a minibatch; `logp` is of the policy that sampled it."
         values_old = None if config.clip_value is None else returns - advantages
         if config.normalize_advantages:
-            advantages = normalize(advantages)
+            advantages = normalize(advantages, mask)
         now, entropy = policy.evaluate(obs, actions)
         data = now, logp, advantages, entropy, policy.value(obs), returns
         low, high = (None, None) if config.clip is None else (low, high)
         clips = dict(clip_low=low, clip_high=high, dual_clip=config.dual_clip)
         clips |= dict(values_old=values_old, value_clip=config.clip_value)
         coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
-        loss, metrics = ppo_loss(*data, **clips, **coefs)
+        loss, metrics = ppo_loss(*data, **clips, **coefs, mask=mask)
         if config.kl_coef:
-            loss = loss + beta * approx_kl(now, logp).mean()
+            loss = loss + beta * masked_mean(approx_kl(now, logp), mask)
         learner.step(loss, config.max_grad_norm)
         return metrics
 
     learner.set_lr(config.lr * pace)
-    rollout = learner.collect(config.n_steps)
-    batch = critic_batch(policy, rollout, config.gamma, config.lam)
     low, high = config.band(pace)
     asked = dict(low=low, high=high, beta=adaptive.beta if adaptive else config.kl_coef)
     history = []
@@ -306,9 +307,21 @@ def ppo_iteration(
     if adaptive:
         with torch.no_grad():
             now = policy.evaluate(batch["obs"], batch["actions"])[0]
-        adaptive.update(approx_kl(now, batch["logp"]).mean())
+        moved = masked_mean(approx_kl(now, batch["logp"]), batch.get("mask"))
+        adaptive.update(moved)
         metrics["kl_coef"] = asked["beta"]
-    return rollout, metrics
+    return metrics
+
+
+def ppo_iteration(
+    learner: Learner,
+    config: PPOConfig,
+    remaining: float,  # fraction of the run that is left
+) -> tuple[Rollout, dict[str, Tensor]]:
+    "Collect a rollout and improve the clipped objective on it for a few epochs."
+    rollout = learner.collect(config.n_steps)
+    batch = critic_batch(learner.policy, rollout, config.gamma, config.lam)
+    return rollout, ppo_epochs(learner, config, batch, remaining)
 
 # %% ../nbs/35_train.ipynb #927fc9fd
 ALGORITHMS: dict[str, Algorithm] = {
