@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from recording import Record, asked
 
+from po_book.multi_agent import HAPPOConfig, IPPOConfig, MAPPOConfig
 from po_book.runner import Config
 from po_book.train import (
     ALGORITHMS,
@@ -36,6 +37,7 @@ METHODS = dict(total_steps=100_000, eval_every=4_000)
 DETAILS = dict(total_steps=50_000, eval_every=2_048)
 DQN = dict(eval_every=2_500)
 DDPG = dict(eval_every=1_000)
+MEETING = dict(total_steps=30_000, eval_every=3_000)
 RECORDS = {
     "cartpole_methods": Record("CartPole-v1", 10, {
         "REINFORCE": ReinforceConfig(**METHODS),
@@ -74,6 +76,20 @@ RECORDS = {
             default_config("trpo", "Pendulum-v1"), n_steps=n, eval_every=1
         )
         for n in (200, 128)
+    }),
+    "team_meeting": Record("po_book/Meeting-v0", 8, {
+        "one mind": PPOConfig(**MEETING),
+        "IPPO": IPPOConfig(**MEETING),
+        "MAPPO": MAPPOConfig(**MEETING),
+        "HAPPO": HAPPOConfig(**MEETING),
+        "IPPO, not shared": IPPOConfig(share=False, **MEETING),
+        "MAPPO, not shared": MAPPOConfig(share=False, **MEETING),
+    }),
+    "team_spread": Record("mpe2/simple_spread-v3", 8, {
+        name.upper(): replace(
+            default_config(name, "mpe2/simple_spread-v3"), eval_every=15_000
+        )
+        for name in ("ippo", "mappo", "happo")
     }),
 }
 

@@ -283,7 +283,10 @@ def turn(
     learner: Learner,
     agent: int,  # who learns
 ) -> Iterator[None]:
-    "Within this block one agent learns, and the critic; the others are as before after it."
+    """Within this block one agent learns, and the critic.
+
+    After it the others, and what Adam remembers of them, are as they were before.
+    """
     owners = _owners(learner.policy)
     others = (owners >= 0) & (owners != agent)
     before = {name: x.clone() for name, x in _remembered(learner).items()}
@@ -341,3 +344,12 @@ ALGORITHMS.update(
     mappo=Algorithm(MAPPOConfig, team_iteration),
     happo=Algorithm(HAPPOConfig, happo_iteration),
 )
+
+# %% ../nbs/38_multi_agent.ipynb #725394e3
+#| code-fold: true
+_SPREAD = dict(
+    total_steps=150_000, n_envs=32, n_steps=52, minibatch=400, lr=2e-3, gamma=0.9
+)
+PRESETS.update({
+    (name, "mpe2/simple_spread-v3"): _SPREAD for name in ("ippo", "mappo", "happo")
+})
