@@ -12,6 +12,7 @@ collecting. TRPO's gradient steps are the natural one and those of the critic.
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 from race import Race, ours, run, theirs
@@ -19,22 +20,23 @@ from sb3_contrib import TRPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from po_book.train import PPOConfig, TRPOConfig
+from po_book.train import default_config
 
 RACE = Race("CartPole-v1", bar=475, every=1024, budget=100_000)
+CARTPOLE = {name: default_config(name, "CartPole-v1") for name in ("ppo", "trpo")}
 OURS = {
     "ppo": {
-        "po_book": PPOConfig(**RACE.scored()),
-        "po_book, the peer's settings": PPOConfig(
-            total_steps=RACE.budget, n_envs=8, n_steps=32, minibatch=256, epochs=20, lr=1e-3,
-            gamma=0.98, lam=0.8, **RACE.scored(),
+        "po_book": replace(CARTPOLE["ppo"], **RACE.scored()),
+        "po_book, the peer's settings": replace(
+            CARTPOLE["ppo"], total_steps=RACE.budget, n_envs=8, n_steps=32, minibatch=256,
+            epochs=20, lr=1e-3, gamma=0.98, lam=0.8, **RACE.scored(),
         ),
-        "po_book, CleanRL's settings": PPOConfig(
-            total_steps=500_000, n_envs=4, n_steps=128, minibatch=128, epochs=4, lr=2.5e-4,
-            gamma=0.99, lam=0.95, entropy_coef=0.01, **RACE.scored(),
+        "po_book, CleanRL's settings": replace(
+            CARTPOLE["ppo"], total_steps=500_000, n_envs=4, n_steps=128, minibatch=128,
+            epochs=4, lr=2.5e-4, gamma=0.99, lam=0.95, entropy_coef=0.01, **RACE.scored(),
         ),
     },
-    "trpo": {"po_book": TRPOConfig(**RACE.scored())},
+    "trpo": {"po_book": replace(CARTPOLE["trpo"], **RACE.scored())},
 }
 PEER = {"ppo": "stable-baselines3, tuned", "trpo": "sb3-contrib, tuned"}
 

@@ -21,7 +21,7 @@ from time import perf_counter
 import torch
 from provenance import ROOT, record
 
-from po_book.train import PPOConfig, train
+from po_book.train import PPOConfig, default_config, train
 
 ENV = "po_book/CartPole-v1"
 
@@ -50,7 +50,8 @@ class Plan:
 
 def config(n: int) -> PPOConfig:
     "Thirty-two steps of everyone an iteration, four epochs of eight minibatches."
-    return PPOConfig(n_envs=n, n_steps=32, epochs=4, minibatch=4 * n, total_steps=32 * n * 12)
+    more = dict(n_envs=n, n_steps=32, epochs=4, minibatch=4 * n, total_steps=32 * n * 12)
+    return replace(default_config("ppo", ENV), **more)
 
 
 def rate(n: int, device: str, backend: str) -> float:

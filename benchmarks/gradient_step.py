@@ -21,9 +21,9 @@ from provenance import record
 from torch import nn
 
 from po_book.advantage import normalize
-from po_book.policies import make_policy
 from po_book.ppo import ppo_loss
-from po_book.runner import flatten_parameters
+from po_book.learner import flatten_parameters
+from po_book.spaces import make_policy
 
 ROWS, LR, BOUND, CLIP, VALUE = 256, 3e-3, 0.5, 0.2, 0.5
 
@@ -62,7 +62,7 @@ def torch_step(density: Callable, flat: bool, **adam) -> tuple[Callable, Callabl
         logp, entropy = density(policy, part)
         values = policy.value(part["obs"])
         advantages = normalize(part["advantages"])
-        loss, _ = ppo_loss(logp, part["logp"], advantages, entropy, values, part["returns"],
+        loss = ppo_loss(logp, part["logp"], advantages, entropy, values, part["returns"],
                            clip_low=CLIP, value_coef=VALUE)
         optimizer.zero_grad(set_to_none=not flat)
         loss.backward()

@@ -12,16 +12,12 @@ from functools import partial
 import torch
 from recording import Record, asked
 
-from po_book.multi_agent import HAPPOConfig, IPPOConfig, MAPPOConfig
-from po_book.runner import Config
+from po_book import multi_agent as _  # its methods and teams
+from po_book.algorithm import Config
 from po_book.train import (
     ALGORITHMS,
-    A2CConfig,
     DDPGConfig,
     DQNConfig,
-    PPOConfig,
-    ReinforceConfig,
-    TRPOConfig,
     default_config,
     train,
 )
@@ -33,30 +29,40 @@ def preset(algorithm: str, env: str, **more) -> Record:
     return Record(env, 5, {algorithm.upper(): config})
 
 
+def cartpole(algorithm: str, **more) -> Config:
+    "The default settings of CartPole, some of them changed."
+    return replace(default_config(algorithm, "CartPole-v1"), **more)
+
+
+def meeting(algorithm: str, **more) -> Config:
+    "The default settings of two people who meet, some of them changed."
+    config = default_config(algorithm, "po_book/Meeting-v0")
+    return replace(config, eval_every=3_000, **more)
+
+
 METHODS = dict(total_steps=100_000, eval_every=4_000)
 DETAILS = dict(total_steps=50_000, eval_every=2_048)
 DQN = dict(eval_every=2_500)
 DDPG = dict(eval_every=1_000)
-MEETING = dict(total_steps=30_000, eval_every=3_000)
 RECORDS = {
     "cartpole_methods": Record("CartPole-v1", 10, {
-        "REINFORCE": ReinforceConfig(**METHODS),
-        "A2C": A2CConfig(**METHODS),
-        "TRPO": TRPOConfig(**METHODS),
-        "PPO": PPOConfig(**METHODS),
+        "REINFORCE": cartpole("reinforce", **METHODS),
+        "A2C": cartpole("a2c", **METHODS),
+        "TRPO": cartpole("trpo", **METHODS),
+        "PPO": cartpole("ppo", **METHODS),
     }),
     "ppo_details": Record("CartPole-v1", 10, {
-        "as it is": PPOConfig(**DETAILS),
-        "rate and clip range constant": PPOConfig(anneal=False, **DETAILS),
-        "advantages not normalised": PPOConfig(normalize_advantages=False, **DETAILS),
-        "gradient not bounded": PPOConfig(max_grad_norm=1e9, **DETAILS),
-        "ratio not clipped": PPOConfig(clip=0.99, **DETAILS),
-        "one epoch": PPOConfig(epochs=1, **DETAILS),
-        "lambda 0": PPOConfig(lam=0.0, **DETAILS),
-        "lambda 1": PPOConfig(lam=1.0, **DETAILS),
-        "observations normalised": PPOConfig(normalize_obs=True, **DETAILS),
-        "entropy bonus 0.01": PPOConfig(entropy_coef=0.01, **DETAILS),
-        "one environment": PPOConfig(n_envs=1, n_steps=1024, **DETAILS),
+        "as it is": cartpole("ppo", **DETAILS),
+        "rate and clip range constant": cartpole("ppo", anneal=False, **DETAILS),
+        "advantages not normalised": cartpole("ppo", normalize_advantages=False, **DETAILS),
+        "gradient not bounded": cartpole("ppo", max_grad_norm=1e9, **DETAILS),
+        "ratio not clipped": cartpole("ppo", clip=0.99, **DETAILS),
+        "one epoch": cartpole("ppo", epochs=1, **DETAILS),
+        "lambda 0": cartpole("ppo", lam=0.0, **DETAILS),
+        "lambda 1": cartpole("ppo", lam=1.0, **DETAILS),
+        "observations normalised": cartpole("ppo", normalize_obs=True, **DETAILS),
+        "entropy bonus 0.01": cartpole("ppo", entropy_coef=0.01, **DETAILS),
+        "one environment": cartpole("ppo", n_envs=1, n_steps=1024, **DETAILS),
     }),
     "ppo_acrobot": preset("ppo", "Acrobot-v1", eval_every=5_000),
     "ppo_pendulum": preset("ppo", "Pendulum-v1", eval_every=10_000),
@@ -78,12 +84,12 @@ RECORDS = {
         for n in (200, 128)
     }),
     "team_meeting": Record("po_book/Meeting-v0", 8, {
-        "one mind": PPOConfig(**MEETING),
-        "IPPO": IPPOConfig(**MEETING),
-        "MAPPO": MAPPOConfig(**MEETING),
-        "HAPPO": HAPPOConfig(**MEETING),
-        "IPPO, not shared": IPPOConfig(share=False, **MEETING),
-        "MAPPO, not shared": MAPPOConfig(share=False, **MEETING),
+        "one mind": meeting("ppo"),
+        "IPPO": meeting("ippo"),
+        "MAPPO": meeting("mappo"),
+        "HAPPO": meeting("happo"),
+        "IPPO, not shared": meeting("ippo", share=False),
+        "MAPPO, not shared": meeting("mappo", share=False),
     }),
     "team_spread": Record("mpe2/simple_spread-v3", 8, {
         name.upper(): replace(

@@ -18,6 +18,8 @@ from po_book.checks import (
     check_result,
     check_steps,
     describe,
+    keep,
+    readable,
     require,
 )
 from .policy_gradient import backward_sum
@@ -65,7 +67,7 @@ def td_error(
 # %% ../nbs/14_advantage.ipynb #786763a4
 def _check_flags(terminated: Bool[Tensor, "T N"], done: Bool[Tensor, "T N"]) -> None:
     "Refuse, on CPU, a termination that is not done: most often swapped arguments."
-    if done.device.type == "cpu" and (terminated > done).view(torch.uint8).any():
+    if readable(done) and (terminated > done).view(torch.uint8).any():
         raise ValueError("done must be true wherever terminated is, got a false there")
 
 # %% ../nbs/14_advantage.ipynb #0d257c8b
@@ -139,6 +141,24 @@ def lambda_return(
     return backward_sum(x, stop, gamma * lam, overwrite=True)
 
 # %% ../nbs/14_advantage.ipynb #389454a0
+def _check_count(count: int) -> None:
+    "One entry has no deviation."
+    if count < 2:
+        raise ValueError(f"x needs two entries that count, got {count}")
+
+
+def _deviations(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    "Entries less the mean of those that count, 0 elsewhere, and their deviation."
+    count = mask.sum()
+    if readable(x):
+        _check_count(int(count))
+    # Measured from one that counts: what is all equal leaves exactly zero.
+    one = x.reshape(-1).index_select(0, mask.reshape(-1).byte().argmax()[None])
+    (away,) = keep(mask, x - one)
+    (away,) = keep(mask, away - away.sum() / count.clamp(min=1))
+    return away, (away.square().sum() / count.clamp(min=1)).sqrt()
+
+# %% ../nbs/14_advantage.ipynb #960be4a9
 def normalize(
     x: Float[Tensor, "*shape"],                 # usually advantages
     mask: Bool[Tensor, "*shape"] | None = None, # true where an entry counts; None: all
@@ -157,10 +177,11 @@ def normalize(
     flags = f"torch.bool {list(x.shape)}"
     require(mask is None or describe(mask) == flags, "mask", flags, describe(mask))
     check_at_least(0, eps=eps)
-    counted = x if mask is None else x[mask]
-    if counted.numel() < 2:
-        raise ValueError(f"x needs two entries that count, got {counted.numel()}")
-    std, mean = torch.std_mean(counted, correction=0)
-    check_result(std, x=counted)
-    scaled = (x - mean) / (std + eps).clamp(min=torch.finfo(x.dtype).tiny)
-    return scaled if mask is None else scaled.masked_fill(~mask, 0)
+    if mask is not None:
+        away, std = _deviations(x, mask)
+    else:
+        _check_count(x.numel())
+        std, mean = torch.std_mean(x, correction=0)
+        away = x - mean
+    check_result(std, x=keep(mask, x)[0])
+    return away / (std + eps).clamp(min=torch.finfo(x.dtype).tiny)

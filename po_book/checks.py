@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['require', 'describe', 'check_shape', 'check_like', 'check_in', 'check_at_least', 'check_positive', 'check_whole',
-           'check_known', 'check_steps', 'check_finite', 'check_result', 'check_detached', 'check_bool', 'keep',
-           'table', 'distribution']
+           'check_known', 'check_steps', 'check_finite', 'readable', 'check_result', 'check_detached', 'check_bool',
+           'keep', 'table', 'distribution']
 
 # %% ../nbs/11_checks.ipynb #f8c84f1e
 import math
@@ -165,15 +165,22 @@ def check_finite(
             raise ValueError(f"{name} must be finite, got {x[~finite][0].item()}")
 
 # %% ../nbs/11_checks.ipynb #eb12e0ef
+def readable(
+    x: Shaped[Tensor, "..."],  # on any device
+) -> bool:
+    "Whether its numbers can be looked at without waiting, or breaking up a graph."
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+# %% ../nbs/11_checks.ipynb #82db564e
 def check_result(
     result: Float[Tensor, "..."],    # not finite if an input is not
     **inputs: Float[Tensor, "..."],  # one of them is to blame
 ) -> None:
-    """Name, on a CPU, the input to blame for a result that is not finite.
+    """Name, where it is `readable`, the input to blame for a result not finite.
 
     Raises: `ValueError` as `check_finite` does.
     """
-    if result.device.type == "cpu" and not math.isfinite(result.detach().sum().item()):
+    if readable(result) and not math.isfinite(result.detach().sum().item()):
         check_finite(**inputs)
 
 # %% ../nbs/11_checks.ipynb #450652be

@@ -63,7 +63,9 @@ from po_book.runs import (
     wandb_logger,
     write_events,
 )
-from .runner import Config, Diverged, Run, find_device
+from .algorithm import Config
+from .learner import find_device
+from .runner import Diverged, Run
 from .sampling import sample
 from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
 from .train import ALGORITHMS, default_config, load_run, resume, train
@@ -72,6 +74,7 @@ from po_book.train_lm import (
     LMRun,
     default_lm_config,
     fit_objective,
+    save_lm,
     train_lm,
 )
 
@@ -172,11 +175,11 @@ def _summary(scores: Float[Tensor, "n"], *more: str) -> str:
     return ", ".join([*mean, *more, f"n={n}"])
 
 # %% ../nbs/61_command_line.ipynb #c879ba22
-def _grade_policy(folder: Path, episodes: int | None, seed: int) -> str:
+def _grade_policy(folder: Path, episodes: int | None, seed: int, **how: Any) -> str:
     "Returns of fresh episodes; as many as a score has, without a number."
     run = load_run(folder)
     n = run.config.eval_episodes if episodes is None else episodes
-    returns = run.evaluate(n, seed)
+    returns = run.evaluate(n, seed, **how)
     spread = f"min {returns.min():.4g}", f"max {returns.max():.4g}"
     return f"{run.steps} transitions; fresh episodes: {_summary(returns, *spread)}"
 
@@ -245,8 +248,7 @@ def _teach(task: Task, steps: int, seed: int, device: str, out: Path) -> None:
     tokenizer, order = char_tokenizer(), torch.Generator().manual_seed(seed)
     model = tiny_lm(tokenizer, seed=seed).to(find_device(device))
     sft(model, tokenizer, prompts, answers, steps, generator=order)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_lm(out, model, tokenizer)
 
 # %% ../nbs/61_command_line.ipynb #8fcb24f8
 @dataclass(frozen=True)
@@ -340,34 +342,39 @@ def _grade_language(
     return "\n".join([title, *(f"{q!r} → {o!r}, reward {r}" for q, o, r in paid)])
 
 # %% ../nbs/61_command_line.ipynb #8c241b25
-def _grade(folder: Path, n: int | None = None, seed: int = 0) -> str:
+def _grade(folder: Path, n: int | None = None, seed: int = 0, **how: Any) -> str:
     "How good it is, what the run in a folder has learned."
     job = _language(folder)
     if job is None:
-        return _grade_policy(folder, n, seed)
+        return _grade_policy(folder, n, seed, **how)
     return _grade_language(job, folder, n, seed)
 
 # %% ../nbs/61_command_line.ipynb #744bdf54
 @dataclass(frozen=True)
 class Evaluate:
-    "Grade a run by fresh episodes, or held-out problems; actions are sampled."
+    "Grade a run by fresh episodes, or by held-out problems."
 
     run: Positional[Path]      # folder of the run
     episodes: int = 100        # number of episodes, or of problems
     seed: int = 0              # of their starts and actions
+    deterministic: bool = False  # the most likely actions instead of drawn ones
+    max_steps: int = 100_000   # most steps of an episode
     video: Path | None = None  # GIF of one episode more
 
     def __post_init__(self):
-        check_at_least(1, episodes=self.episodes)
+        check_at_least(1, episodes=self.episodes, max_steps=self.max_steps)
         check_in(_SEEDS, seed=self.seed)
 
     def __call__(self) -> None:
+        for name in "video", "deterministic":
+            if getattr(self, name) and _language(self.run):
+                rule = f"{name} needs an environment"
+                raise ValueError(f"{rule}, and {self.run} has none")
+        how = {"deterministic": self.deterministic, "max_steps": self.max_steps}
         if self.video is not None:
-            if _language(self.run):
-                raise ValueError(f"video needs an environment, and {self.run} has none")
             run = load_run(self.run)
-            record_episode(run.policy, run.env, self.video, self.seed)
-        print(_grade(self.run, self.episodes, self.seed))
+            record_episode(run.policy, run.env, self.video, self.seed, **how)
+        print(_grade(self.run, self.episodes, self.seed, **how))
 
 # %% ../nbs/61_command_line.ipynb #8f491f99
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from .advantage import td_target
 from .checks import check_at_least, check_in, check_positive, check_whole
 from .learner import Learner, mean_metrics
 from .off_policy import deterministic_policy_loss
-from .policies import Policy, make_deterministic_policy, make_q_policy
+from .policies import Policy
 from .rollout import Rollout
-from .runner import Config
+from .algorithm import Config
+from .spaces import make_deterministic_policy, make_q_policy
 from .value_based import Replay, q_loss, soft_update
 
 # %% ../nbs/34a_memory.ipynb #eab8ec53
@@ -64,21 +65,26 @@ def _learn_from_memory(
     loss: Callable,  # (policy, target, batch, gamma) to a loss and metrics
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Remember a few steps, and take gradient steps on batches of what is remembered."
-    policy, generator = learner.policy, learner.generator
+    policy = learner.policy
     target, replay = learner.extra["target"], learner.extra["replay"]
     rollout = learner.collect(config.n_steps)
     columns = "obs", "actions", "rewards", "next_obs", "terminated"
-    replay.add(**{name: getattr(rollout, name)[rollout.valid] for name in columns})
-    if len(replay) < config.learning_starts:
-        return rollout, {}
-    history = []
-    for _ in range(config.updates):
-        batch = replay.sample(config.minibatch, generator)
-        value, metrics = loss(policy, target, batch, config.gamma)
-        learner.step(value, config.max_grad_norm)
-        soft_update(target, policy, config.tau)
-        history.append(metrics)
-    return rollout, mean_metrics(history)
+    replay.add(**{name: rollout.transitions(name) for name in columns})
+
+    def error(**batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(policy, target, batch, config.gamma)
+
+    def learn() -> dict[str, Tensor]:
+        history = []
+        for _ in range(config.updates):
+            batch = replay.sample(config.minibatch, learner.order)
+            limit = config.max_grad_norm
+            history.append(learner.minimise("error", error, limit, **batch))
+            soft_update(target, policy, config.tau)
+        return mean_metrics(history)
+
+    ready = len(replay) >= config.learning_starts
+    return rollout, learner.run("learn", learn) if ready else {}
 
 # %% ../nbs/34a_memory.ipynb #65b854c7
 #| code-fold: true
@@ -128,7 +134,7 @@ def dqn_iteration(
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Explore less than before, remember, and fit the values of actions."
     explored = (1 - remaining) / config.exploration
-    learner.policy.epsilon = max(config.epsilon, 1 - explored * (1 - config.epsilon))
+    learner.set(epsilon=max(config.epsilon, 1 - explored * (1 - config.epsilon)))
     learner.set_lr(config.lr * remaining)
     return _learn_from_memory(learner, config, dqn_loss)
 
@@ -152,7 +158,6 @@ class DDPGConfig(MemoryConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(sigma=self.sigma)
         check_in("(0, inf)", sigma=self.sigma)
 
     def make_policy(self, env: VectorEnv, generator: torch.Generator) -> Policy:
@@ -189,5 +194,5 @@ def ddpg_iteration(
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Remember a few noisy steps; fit the critic, and let the actor climb it."
     fresh = len(learner.extra["replay"]) < config.learning_starts
-    learner.policy.sigma = 1.0 if fresh else config.sigma
+    learner.set(sigma=1.0 if fresh else config.sigma)
     return _learn_from_memory(learner, config, ddpg_loss)

@@ -206,14 +206,15 @@ def off_policy_gradient(
 # %% ../nbs/16_off_policy.ipynb #fc5d47e8
 def explore(
     actions: Float[Tensor, "*B A"],  # $\mu_\theta(s)$
-    sigma: float,                    # standard deviation, in units of the action
+    sigma: float | Float[Tensor, ""],  # standard deviation, in units of the action
     low: float = -torch.inf,         # smallest action allowed
     high: float = torch.inf,         # largest action allowed
     generator: torch.Generator | None = None,  # the global one, if none is given
 ) -> Float[Tensor, "*B A"]:
     """Actions with Gaussian exploration noise {eq}`eq-op-explore`, without gradient.
 
-    Raises: `ValueError` if `sigma` is negative or not finite, or unless `low` < `high`.
+    Raises: `ValueError` if `sigma` is a number that is negative or not finite, or
+    unless `low` < `high`.
     Source: Lillicrap et al. 2016; the noise here is independent.
     """
     check_in("[0, inf)", sigma=sigma)

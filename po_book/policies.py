@@ -4,21 +4,14 @@
 
 # %% auto #0
 __all__ = ['mlp', 'Convolutions', 'network', 'ActorCritic', 'draw_categorical', 'CategoricalPolicy', 'MultiCategoricalPolicy',
-           'GaussianPolicy', 'Normalizer', 'QPolicy', 'DeterministicPolicy', 'Policy', 'space_parts', 'is_image',
-           'observation_size', 'observation_shape', 'categories', 'action_mask', 'make_policy', 'make_q_policy',
-           'make_deterministic_policy']
+           'GaussianPolicy', 'Normalizer', 'QPolicy', 'DeterministicPolicy', 'Policy']
 
 # %% ../nbs/30_policies.ipynb #d2515964
 import math
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from gymnasium import Space
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
-from gymnasium.spaces.utils import flatdim
-from gymnasium.vector import VectorEnv
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
@@ -82,16 +75,21 @@ class Convolutions(nn.Module):
         images = images.permute(0, 3, 1, 2) if self.last else images
         return self.layers(images.float() / 255).reshape(*obs.shape[:-1], -1)
 
-
+# %% ../nbs/30_policies.ipynb #5cd94a43
 def network(
     obs_dim: int | tuple[int, int, int],  # entries of a vector, or shape of an image
-    hidden: tuple[int, ...],              # widths between
+    hidden: tuple[int, ...],              # widths of the layers between
     out_dim: int,                         # outputs
     gain: float,                          # scale of the last layer's weights
     generator: torch.Generator | None = None,
     activation: type[nn.Module] = nn.Tanh,
 ) -> nn.Sequential:
-    "Perceptron, behind convolutions if observations are images."
+    """Perceptron, behind convolutions if observations are images.
+
+    Raises: `ValueError` if `hidden` is a number.
+    """
+    many = isinstance(hidden, tuple | list)
+    require(many, "hidden", "a tuple of widths, such as (64, 64)", hidden)
     if isinstance(obs_dim, int):
         return mlp([obs_dim, *hidden, out_dim], gain, generator, activation)
     eye = Convolutions(obs_dim, generator)
@@ -139,9 +137,10 @@ def draw_categorical(
 ) -> Int[Tensor, "*B"]:
     "One index a row, {eq}`eq-categorical-draw`."
     clocks = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - clocks.log_()).argmax(-1)
+    # A clock may read 0, and infinity minus infinity would be NaN, which wins.
+    return (logits - clocks.log_().clamp_(min=-1e3)).argmax(-1)
 
-
+# %% ../nbs/30_policies.ipynb #1ad158b6
 class CategoricalPolicy(ActorCritic):
     "Policy over a finite set of actions, {eq}`eq-categorical`."
 
@@ -239,7 +238,7 @@ class GaussianPolicy(ActorCritic):
         "Distribution of the action at each observation."
         mean = self.middle + self.half_width * self.actor(obs)
         std = self.half_width * self.log_std.exp()
-        return Independent(Normal(mean, std, validate_args=False), 1)
+        return Independent(Normal(mean, std, validate_args=False), 1, False)
 
     def act(
         self, obs: Float[Tensor, "N D"], generator: torch.Generator | None = None
@@ -295,7 +294,7 @@ class Normalizer(nn.Module):
 class QPolicy(nn.Module):
     "Greedy in its action values; in training mode random with probability `epsilon`."
 
-    epsilon: float = 1.0  # share of random actions, changed by the training loop
+    epsilon: Float[Tensor, ""]  # share of random actions, 1 until it is changed
 
     def __init__(
         self,
@@ -306,19 +305,21 @@ class QPolicy(nn.Module):
     ):
         super().__init__()
         self.q = network(obs_dim, hidden, out_dim, 1.0, generator, nn.ReLU)
+        one = torch.tensor(1.0, dtype=torch.float32)
+        self.register_buffer("epsilon", one, persistent=False)
 
     def act(
         self, obs: Float[Tensor, "N D"], generator: torch.Generator | None = None
     ) -> Tensor:
         "Choose one action an observation."
         probs = epsilon_greedy(self.q(obs), self.epsilon if self.training else 0.0)
-        return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+        return draw_categorical(probs.log(), generator)
 
 # %% ../nbs/30_policies.ipynb #2c5c21cf
 class DeterministicPolicy(nn.Module):
     "One action an observation {eq}`eq-deterministic`; noisy in training mode."
 
-    sigma: float = 0.2  # of the noise, in half-widths; changed by the training loop
+    sigma: Float[Tensor, ""]  # of the noise, in half-widths; 0.2 until it is changed
 
     def __init__(
         self,
@@ -331,10 +332,12 @@ class DeterministicPolicy(nn.Module):
         super().__init__()
         finite = (high - low).isfinite().all()
         require(finite, "action bounds", "finite", f"{low} and {high}")
-        self.actor = mlp([obs_dim, *hidden, len(low)], 0.01, generator)
-        self.critic = mlp([obs_dim + len(low), *hidden, 1], 1.0, generator)
+        self.actor = network(obs_dim, hidden, len(low), 0.01, generator)
+        self.critic = network(obs_dim + len(low), hidden, 1, 1.0, generator)
         self.register_buffer("middle", (high + low) / 2)
         self.register_buffer("half_width", (high - low) / 2)
+        sigma = torch.tensor(0.2, dtype=torch.float32)
+        self.register_buffer("sigma", sigma, persistent=False)
 
     def mean(self, obs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B A"]:
         "Action $\\mu_\\theta(s)$ without noise."
@@ -372,129 +375,3 @@ class Policy(Protocol):
 
     def train(self, mode: bool = True) -> "Policy":
         "Explore, or (`eval`) do not."
-
-# %% ../nbs/30_policies.ipynb #6357f6d7
-#| code-fold: true
-_CATEGORIES = Discrete, MultiDiscrete, MultiBinary
-
-
-def space_parts(
-    space: Space,      # possibly nested
-    keys: tuple = (),  # that lead to it
-) -> list[tuple[tuple, Space]]:
-    """Parts of `Dict` and `Tuple`, in order: the keys that lead there, and the space.
-
-    Raises: `ValueError` that names the part that is not made of numbers.
-    """
-    if isinstance(space, (Dict, Tuple)):
-        parts = space.items() if isinstance(space, Dict) else enumerate(space)
-        return [x for key, part in parts for x in space_parts(part, (*keys, key))]
-    name = "observation space" + "".join(f"[{key!r}]" for key in keys)
-    known = "a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of them"
-    require(isinstance(space, (*_CATEGORIES, Box)), name, known, space)
-    return [(keys, space)]
-
-
-def is_image(space: Space) -> bool:
-    "Whether a space holds images: bytes in three dimensions."
-    return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3
-
-
-def observation_size(env: VectorEnv) -> int:
-    "Entries of an observation as one vector. Raises: what `space_parts` does."
-    return sum(flatdim(part) for _, part in space_parts(env.single_observation_space))
-
-
-def observation_shape(env: VectorEnv) -> int | tuple[int, int, int]:
-    "The same, but the shape where observations are images: what `network` asks for."
-    space = env.single_observation_space
-    return space.shape if is_image(space) else observation_size(env)
-
-
-def categories(space: Space) -> tuple[np.ndarray, np.ndarray]:
-    "Of each entry that is a category: the number of values, and the smallest."
-    if isinstance(space, MultiBinary):
-        entries = math.prod(space.shape)
-        return np.full(entries, 2), np.zeros(entries, int)
-    sizes = space.n if isinstance(space, Discrete) else space.nvec
-    return np.ravel(sizes), np.ravel(space.start)
-
-# %% ../nbs/30_policies.ipynb #37554b2f
-#| code-fold: true
-def action_mask(env: VectorEnv) -> slice | None:
-    """Columns of an observation that hold the mask of actions; None if there is none.
-
-    Raises: `ValueError` if it does not have one number for every action.
-    """
-    space, start = env.single_action_space, 0
-    known = "Discrete, MultiDiscrete, MultiBinary or a Box"
-    require(isinstance(space, (*_CATEGORIES, Box)), "action space", known, space)
-    for keys, part in space_parts(env.single_observation_space):
-        if keys == ("action_mask",):
-            fits = isinstance(space, _CATEGORIES), isinstance(part, (Box, MultiBinary))
-            same = all(fits) and flatdim(part) == categories(space)[0].sum()
-            rule = f"a Box or MultiBinary with an entry for every action of {space}"
-            require(same, "action_mask", rule, part)
-            return slice(start, start + flatdim(part))
-        start += flatdim(part)
-    return None
-
-
-def _bounds(space: Box) -> Float[Tensor, "2 A"]:
-    return torch.tensor(np.stack([space.low, space.high])).float().reshape(2, -1)
-
-# %% ../nbs/30_policies.ipynb #ef5522de
-def make_policy(
-    env: VectorEnv,
-    hidden: tuple[int, ...] = (64, 64),
-    generator: torch.Generator | None = None,
-    normalize_obs: bool = False,
-) -> Policy:
-    """Stochastic policy that fits the spaces of `env`.
-
-    Raises: `ValueError` if a space is not made of numbers, or a mask does not fit.
-    """
-    space, rest = env.single_action_space, (hidden, generator, normalize_obs)
-    obs_dim, mask = observation_shape(env), action_mask(env)
-    if isinstance(space, Box):
-        return GaussianPolicy(obs_dim, math.prod(space.shape), *rest, _bounds(space))
-    if isinstance(space, Discrete):
-        policy = CategoricalPolicy(obs_dim, int(space.n), *rest)
-    else:
-        policy = MultiCategoricalPolicy(obs_dim, categories(space)[0].tolist(), *rest)
-    policy.mask = mask
-    return policy
-
-# %% ../nbs/30_policies.ipynb #a99d9c6c
-#| code-fold: true
-def make_q_policy(
-    env: VectorEnv,
-    hidden: tuple[int, ...] = (64, 64),
-    generator: torch.Generator | None = None,
-) -> QPolicy:
-    """Greedy policy that fits the spaces of `env`.
-
-    Raises: `ValueError` unless actions are Discrete and observations without a mask.
-    """
-    obs_dim, space = observation_shape(env), env.single_action_space
-    require(isinstance(space, Discrete), "action space", "Discrete", space)
-    rule = "left out: this method has no logits to mask"
-    require(action_mask(env) is None, "action_mask", rule, env.single_observation_space)
-    return QPolicy(obs_dim, int(space.n), hidden, generator)
-
-
-def make_deterministic_policy(
-    env: VectorEnv,
-    hidden: tuple[int, ...] = (64, 64),
-    generator: torch.Generator | None = None,
-) -> DeterministicPolicy:
-    """Deterministic policy that fits the spaces of `env`.
-
-    Raises: `ValueError` unless observations are vectors and actions a bounded Box.
-    """
-    obs_dim, space = observation_size(env), env.single_action_space
-    seen = env.single_observation_space
-    require(not is_image(seen), "observation space", "vectors, not images", seen)
-    require(isinstance(space, Box), "action space", "a Box", space)
-    action_mask(env)  # refused for a Box
-    return DeterministicPolicy(obs_dim, *_bounds(space), hidden, generator)

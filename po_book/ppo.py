@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_LOG_RATIO', 'ratio', 'clipped_surrogate', 'value_loss', 'entropy', 'approx_kl', 'outside_band', 'masked_mean',
-           'explained_variance', 'ppo_loss', 'kl_penalty', 'AdaptiveKL']
+           'explained_variance', 'ppo_loss', 'ppo_metrics', 'kl_penalty', 'AdaptiveKL']
 
 # %% ../nbs/22_ppo.ipynb #7a000003
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from po_book.checks import (
     check_at_least,
@@ -115,7 +116,7 @@ def value_loss(
     """
     check_like("values", values, returns=returns, values_old=values_old)
     check_detached(returns=returns, values_old=values_old)
-    error = (values - returns) ** 2
+    error = mse_loss(values, returns, reduction="none")
     if clip is None:
         return error / 2
     check_positive(clip=clip)
@@ -135,12 +136,6 @@ def entropy(
     return (logp.exp() * surprise).sum(-1)
 
 # %% ../nbs/22_ppo.ipynb #e7133acd
-def _k3(log_ratio: Tensor) -> Tensor:
-    "Estimate of the divergence from log-ratios that are known."
-    # expm1 keeps the digits that exp(x) - 1 loses where the policies are close
-    return log_ratio.expm1() - log_ratio
-
-# %% ../nbs/22_ppo.ipynb #d3c3b391
 def approx_kl(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$, $a\sim\pi_{old}$
@@ -149,14 +144,11 @@ def approx_kl(
 
     Raises: `ValueError` if the shapes differ or `logp_old` carries a gradient.
     """
-    return _k3(_log_ratio(logp, logp_old))
+    log_ratio = _log_ratio(logp, logp_old)
+    # expm1 keeps the digits that exp(x) - 1 loses where the policies are close
+    return log_ratio.expm1() - log_ratio
 
 # %% ../nbs/22_ppo.ipynb #a4e7c2c9
-def _outside(rho: Tensor, low: float, high: float) -> Tensor:
-    "1 where a ratio that is known has left the band, else 0."
-    return (rho != rho.clamp(1 - low, 1 + high)).to(rho.dtype)
-
-# %% ../nbs/22_ppo.ipynb #557933f0
 def outside_band(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$
@@ -168,7 +160,8 @@ def outside_band(
     Raises: `ValueError` if the shapes differ or `logp_old` carries a gradient.
     """
     clip_high = clip_low if clip_high is None else clip_high
-    return _outside(ratio(logp, logp_old), clip_low, clip_high)
+    rho = ratio(logp, logp_old)
+    return (rho != rho.clamp(1 - clip_low, 1 + clip_high)).to(rho.dtype)
 
 # %% ../nbs/22_ppo.ipynb #63df9a4f
 def masked_mean(
@@ -204,6 +197,15 @@ def explained_variance(
     return 1 - unexplained / variance(returns).clamp(min=1e-8)
 
 # %% ../nbs/22_ppo.ipynb #6de22f46
+def _kept(mask: Tensor | None, **columns: Tensor | None) -> list[Tensor | None]:
+    "The columns of a batch, checked, with zeros where a row does not count."
+    logp = columns["logp"]
+    require(logp.numel(), "logp", "a batch with elements", f"shape {tuple(logp.shape)}")
+    check_like("logp", logp, **columns, mask=mask)
+    check_detached(advantages=columns["advantages"])
+    return list(keep(mask, *columns.values()))
+
+# %% ../nbs/22_ppo.ipynb #049ec667
 def ppo_loss(
     logp: Float[Tensor, "*shape"],        # $\log\pi_\theta(a\mid s)$
     logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}(a\mid s)$, from the rollout
@@ -220,36 +222,55 @@ def ppo_loss(
     values_old: Float[Tensor, "*shape"] | None = None,  # needed with value_clip
     value_clip: float | None = None,      # $\epsilon_v$; None: no value clipping
     mask: Bool[Tensor, "*shape"] | None = None,  # false where a row is no transition
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Loss {eq}`eq-ppo-total`, to be minimised, and detached metrics.
+) -> Float[Tensor, ""]:
+    """Loss {eq}`eq-ppo-total`, to be minimised.
 
-    Masked rows change neither; if all are masked, loss and gradient are 0.
+    Masked rows do not change it; if all are masked, loss and gradient are 0.
 
     Raises: `ValueError` naming the argument of wrong shape, type or range.
     Source: Schulman et al. 2017, equation 9.
     """
-    require(logp.numel(), "logp", "a batch with elements", f"shape {tuple(logp.shape)}")
-    check_like("logp", logp, logp_old=logp_old, advantages=advantages, entropy=entropy,
-               values=values, returns=returns, values_old=values_old, mask=mask)
-    logp, logp_old, advantages, entropy, values, returns, values_old = keep(
-        mask, logp, logp_old, advantages, entropy, values, returns, values_old
+    logp, logp_old, advantages, entropy, values, returns, values_old = _kept(
+        mask, logp=logp, logp_old=logp_old, advantages=advantages, entropy=entropy,
+        values=values, returns=returns, values_old=values_old,
     )
-    clip = _band(clip_low, clip_high, dual_clip)
-    check_detached(advantages=advantages)
-    log_ratio = _log_ratio(logp, logp_old)
-    rho = log_ratio.exp()
-    terms = {
-        "policy_loss": -_clipped(rho, advantages, *clip, dual_clip),
-        "value_loss": value_loss(values, returns, values_old, value_clip),
+    low, high = _band(clip_low, clip_high, dual_clip)
+    gain = _clipped(ratio(logp, logp_old), advantages, low, high, dual_clip)
+    loss = value_coef * value_loss(values, returns, values_old, value_clip) - gain
+    if entropy_coef:  # else its gradient would be zeros, made at length
+        loss = loss - entropy_coef * entropy
+    return masked_mean(loss, mask)
+
+# %% ../nbs/22_ppo.ipynb #843b2613
+@torch.no_grad()
+def ppo_metrics(
+    logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$
+    logp_old: Float[Tensor, "*shape"],  # $\log\pi_{old}(a\mid s)$, from the rollout
+    entropy: Float[Tensor, "*shape"],   # $\mathcal H(\pi_\theta(\cdot\mid s))$
+    values: Float[Tensor, "*shape"],    # $V_\phi(s)$
+    returns: Float[Tensor, "*shape"],   # target $G$ of the critic
+    *,
+    clip_low: float | Tensor | None = 0.2,  # $\epsilon_{low}$; None: no clip
+    clip_high: float | Tensor | None = None,  # $\epsilon_{high}$; None takes clip_low
+    mask: Bool[Tensor, "*shape"] | None = None,  # false where a row is no transition
+) -> dict[str, Float[Tensor, ""]]:
+    """Value loss, entropy, estimated divergence, clip fraction, explained variance.
+
+    Masked rows do not count.
+
+    Raises: `ValueError` naming the argument of wrong shape, type or range.
+    """
+    check_like("logp", logp, entropy=entropy, values=values, returns=returns, mask=mask)
+    low, high = _band(clip_low, clip_high, None)
+    logp, logp_old = keep(mask, logp, logp_old)
+    each = {
+        "value_loss": value_loss(*keep(mask, values, returns)),
         "entropy": entropy,
-        "approx_kl": _k3(log_ratio.detach()),
-        "clip_fraction": _outside(rho.detach(), *clip),
+        "approx_kl": approx_kl(logp, logp_old),
+        "clip_fraction": outside_band(logp, logp_old, low, high),
     }
-    mean = {k: masked_mean(x, mask) for k, x in terms.items()}
-    mean["explained_variance"] = explained_variance(values, returns, mask)
-    loss = mean["policy_loss"] + value_coef * mean["value_loss"]
-    loss = loss - entropy_coef * mean["entropy"]
-    return loss, {name: x.detach() for name, x in mean.items()}
+    means = {name: masked_mean(x, mask) for name, x in each.items()}
+    return means | {"explained_variance": explained_variance(values, returns, mask)}
 
 # %% ../nbs/22_ppo.ipynb #26f399db
 def kl_penalty(

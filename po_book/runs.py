@@ -9,18 +9,17 @@ __all__ = ['read_asked', 'run_facts', 'name_lines', 'clock', 'read_log', 'points
 # %% ../nbs/60a_runs.ipynb #15a6f297
 import csv
 import json
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import gymnasium as gym
-import torch
 from PIL import Image
 
+from .checkpoint import replace_file
 from .checks import require
 from .policies import Policy
-from .rollout import Stepper, make_stepper, make_vector_env
+from .rollout import evaluate, make_vector_env
 
 # %% ../nbs/60a_runs.ipynb #164029a5
 _KINDS = {"algorithm": str, "seed": int, "device": str, "config": dict}
@@ -207,7 +206,8 @@ def _draw(
             spread_curves(ax, curves, label, points=200)
         ax.set(title=title, xlabel=over, ylabel=key)
         ax.legend()
-        fig.savefig(out)
+        kind = out.suffix[1:] or "png"
+        replace_file(out, lambda part: fig.savefig(part, format=kind))
         plt.close(fig)
 
 # %% ../nbs/60a_runs.ipynb #6bc65678
@@ -239,32 +239,44 @@ def plot_runs(
     return key
 
 # %% ../nbs/60a_runs.ipynb #e820b206
-@torch.no_grad()
-def _frames(policy: Policy, stepper: Stepper, seed: int) -> Iterator[Image.Image]:
-    "Pictures of an episode, from its first state to its last."
-    generator = torch.Generator(stepper.device).manual_seed(seed)
-    ended = False
-    while True:
-        frame = Image.fromarray(stepper.env.render()[0])
+class _Film(gym.Wrapper):
+    "Keeps a picture of every state of an episode."
+
+    def __init__(self, env: str, frames: list[Image.Image]):
+        super().__init__(gym.make(env, render_mode="rgb_array"))
+        self.frames = frames
+
+    def _keep(self) -> None:
+        frame = Image.fromarray(self.env.render())
         # A palette a frame: a tenth of the memory, and several times faster to write.
-        yield frame.quantize(method=Image.Quantize.FASTOCTREE)
-        if ended:
-            return
-        actions = policy.act(stepper.obs, generator)
-        _, _, terminated, truncated, _ = stepper.step(actions)
-        ended = bool((terminated | truncated)[0])
+        self.frames.append(frame.quantize(method=Image.Quantize.FASTOCTREE))
+
+    def reset(self, **how: Any) -> tuple:
+        first = self.env.reset(**how)
+        self.frames.clear()
+        self._keep()
+        return first
+
+    def step(self, action: Any) -> tuple:
+        after = self.env.step(action)
+        self._keep()
+        return after
 
 # %% ../nbs/60a_runs.ipynb #5bd9c25b
+#| code-fold: true
 def record_episode(
     policy: Policy,
     env: str,       # id of an environment
     path: Path,     # the GIF
     seed: int = 0,  # of the start and the actions
+    deterministic: bool = False,  # the most likely actions instead of drawn ones
+    max_steps: int = 100_000,     # most steps of the episode
 ) -> None:
     """Write one episode of `policy` as an animated GIF.
 
-    Raises: `ValueError` if `path` is no GIF or `env` draws no pictures;
-    `gymnasium.error.DependencyNotInstalled` if what it draws with is missing.
+    Raises: `ValueError` if `path` is no GIF, `env` draws no pictures, or the episode
+    has not ended after `max_steps`; `gymnasium.error.DependencyNotInstalled` if what
+    it draws with is missing; `OSError` as `replace_file` does.
     """
     require(path.suffix == ".gif", "video", "a path that ends in .gif", path)
     plain = make_vector_env(env, 1)
@@ -272,17 +284,14 @@ def record_episode(
     plain.close()
     if "rgb_array" not in (modes or []):
         raise ValueError(f"{env} draws no pictures: its render modes are {modes or []}")
-    drawn = partial(gym.make, env, render_mode="rgb_array")
-    stepper = make_stepper(drawn, 1, next(policy.parameters()).device, seed)
-    training = policy.training
+    frames: list[Image.Image] = []
     try:
-        first, *rest = _frames(policy.eval(), stepper, seed)
+        how = seed, deterministic, max_steps
+        evaluate(policy, lambda: _Film(env, frames), 1, *how)
     except gym.error.DependencyNotInstalled as error:
         error.add_note("for videos: pip install 'po-book[video]'")
         raise
-    finally:
-        policy.train(training)
-    stepper.env.close()
     # Viewers show a GIF that asks for more than 50 frames a second slowly instead.
-    duration = max(20, 1000 / (fps or 30))
-    first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
+    film = {"save_all": True, "duration": max(20, 1000 / (fps or 30)), "loop": 0}
+    film |= {"format": "GIF", "append_images": frames[1:]}
+    replace_file(path, lambda part: frames[0].save(part, **film))

@@ -40,6 +40,17 @@ def cartpole_motion(
     return state + 0.02 * torch.stack([v, acceleration, omega, spin], -1)
 
 # %% ../nbs/32_tensor_env.ipynb #c8b1f217
+def _after(
+    state: Tensor, steps: Tensor, actions: Tensor, first: Tensor, high: Tensor, end: int
+) -> tuple[Tensor, ...]:
+    "States and steps to go on with, last states, terminated and truncated."
+    final, steps = cartpole_motion(state, actions), steps + 1
+    terminated, truncated = (final.abs() > high).any(-1), steps >= end
+    done = terminated | truncated
+    state = torch.where(done[:, None], first, final)
+    return state, steps.masked_fill(done, 0), final, terminated, truncated
+
+# %% ../nbs/32_tensor_env.ipynb #cfefdefa
 class CartPole(VectorEnv):
     """CartPole-v1 as tensors on one device, restarted in the same step.
 
@@ -65,6 +76,7 @@ class CartPole(VectorEnv):
         self.steps = torch.zeros(num_envs, dtype=torch.int32, device=device)
         self.generator = torch.Generator(device)
         self.generator.seed()  # unseeded environments must not all be the same
+        self.after = _after
 
     def reset(
         self, *, seed: int | None = None, options: dict | None = None
@@ -81,16 +93,19 @@ class CartPole(VectorEnv):
         if actions.shape != (self.num_envs,):
             got = f"shape {tuple(actions.shape)}"
             raise ValueError(f"actions must be {self.num_envs} numbers, got {got}")
-        final = cartpole_motion(self.state, actions)
-        self.steps += 1
-        terminated = (final.abs() > self.high).any(-1)
-        truncated = self.steps >= self.max_episode_steps
-        done = terminated | truncated
-        self.state.copy_(torch.where(done[:, None], self._first_states(), final))
-        self.steps.masked_fill_(done, 0)
-        rewards = torch.ones_like(done, dtype=torch.float32)
+        moved = self.after(self.state, self.steps, actions, self._first_states(),
+                           self.high, self.max_episode_steps)
+        state, steps, final, terminated, truncated = moved
+        self.state.copy_(state)
+        self.steps.copy_(steps)
+        rewards = torch.ones_like(terminated, dtype=torch.float32)
         info = {"final_obs": final.float()}
         return self.state.float(), rewards, terminated, truncated, info
+
+    def compile(self) -> None:
+        "Fuse the operations of a step."
+        if self.after is _after:
+            self.after = torch.compile(_after)
 
     def stepper(self, seed: int | None = None) -> "TensorStepper":
         "What steps it without waiting."
@@ -136,8 +151,15 @@ class TensorStepper(Stepper):
         self.valid = torch.ones(env.num_envs, dtype=torch.bool, device=self.device)
         self.to_env = _action_maker(env.single_action_space, self.device)
 
+    complete = True  # an environment that restarts in the same step loses no row
+
     def serve(self, policy: Policy) -> None:
         "Observations are what the environment makes them, for any policy."
+
+    def compile(self) -> None:
+        "Fuse the operations of a step, if the environment knows how."
+        if hasattr(self.env, "compile"):
+            self.env.compile()
 
     def reset(self, seed: int | None = None) -> None:
         "Start a new episode everywhere."
@@ -162,21 +184,23 @@ class Recorded:
     def __init__(
         self,
         function: Callable[..., dict[str, Tensor]],  # keyword arguments, all tensors
-        generators: list[torch.Generator | None],  # on the device; None passes
+        generators: list[torch.Generator | None],  # on one device; None passes
     ):
         self.function = function
         self.generators = [x for x in generators if x is not None]
+        self.device = self.generators[0].device
         self.warm, self.graph = False, None
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        if not self.warm:
-            return self._warm_up(inputs)
-        if self.graph is None:
-            self._record(inputs)
-        for name, x in inputs.items():
-            self.inputs[name].copy_(x)
-        self.graph.replay()
-        return {name: x.clone() for name, x in self.outputs.items()}
+        with torch.cuda.device(self.device):  # streams belong to the current device
+            if not self.warm:
+                return self._warm_up(inputs)
+            if self.graph is None:
+                self._record(inputs)
+            for name, x in inputs.items():
+                self.inputs[name].copy_(x)
+            self.graph.replay()
+            return {name: x.clone() for name, x in self.outputs.items()}
 
     def _warm_up(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # Not on the default stream, whose work a recording could not wait for.

@@ -29,16 +29,15 @@ from .mdp import TabularMDP, action_values, draw
 # %% ../nbs/15_value_based.ipynb #7b516088
 def epsilon_greedy(
     q: Float[Tensor, "... A"],  # action values
-    epsilon: float,             # share of random actions, in [0, 1]
+    epsilon: float | Float[Tensor, ""],  # share of random actions, in [0, 1]
 ) -> Float[Tensor, "... A"]:
     """Probabilities {eq}`eq-vb-epsilon-greedy`; ties go to the first action.
 
-    Raises: `ValueError` if `epsilon` is outside [0, 1].
+    Raises: `ValueError` if `epsilon` is a number outside [0, 1].
     """
     check_in("[0, 1]", epsilon=epsilon)
-    rest = epsilon / q.shape[-1]
-    best = q.argmax(-1, keepdim=True)
-    return torch.full_like(q, rest).scatter_(-1, best, 1 - epsilon + rest)
+    best = torch.zeros_like(q).scatter_(-1, q.argmax(-1, keepdim=True), 1)
+    return (1 - epsilon) * best + epsilon / q.shape[-1]
 
 # %% ../nbs/15_value_based.ipynb #05a499f0
 def next_values(
@@ -226,10 +225,12 @@ class Replay:
         if not self.columns:
             new = {name: x.new_empty(cap, *x.shape[1:]) for name, x in columns.items()}
             self.columns = new
+            self.filled = torch.zeros((), dtype=torch.int64, device=first.device)
         where = torch.arange(lost, n, device=first.device).add_(self.head) % cap
         for name, x in columns.items():
             self.columns[name][where] = x[lost:] if lost else x
         self.head, self.size = (self.head + n) % cap, min(self.size + n, cap)
+        self.filled.fill_(self.size)  # where a recorded `sample` reads it
 
     def sample(
         self, n: int, generator: torch.Generator | None = None
@@ -237,6 +238,7 @@ class Replay:
         "`n` rows, uniform and with replacement; `generator` is on the rows' device."
         check_at_least(1, n=n)
         require(self.size > 0, "memory", "filled before it is drawn from", "0 rows")
-        device = next(iter(self.columns.values())).device
-        rows = torch.randint(self.size, (n,), generator=generator, device=device)
+        device = self.filled.device
+        large = torch.randint(2**62, (n,), generator=generator, device=device)
+        rows = large % self.filled  # uniform up to $10^{-12}$ at a million rows
         return {name: x[rows] for name, x in self.columns.items()}

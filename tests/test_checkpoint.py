@@ -25,11 +25,11 @@ from torch import nn
 from po_book import checkpoint
 from po_book.checkpoint import (
     NotCapturable, capture, load_checkpoint, lock_folder, replace_file, restore,
-    save_checkpoint, write_table,
+    check_asked, save_checkpoint, write_asked, write_table,
 )  # fmt: skip
-from po_book.policies import make_q_policy
 from po_book.rollout import collect, make_stepper
-from po_book.runner import flatten_parameters
+from po_book.learner import flatten_parameters
+from po_book.spaces import make_q_policy
 from po_book.value_based import Replay
 
 
@@ -549,6 +549,58 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path):
         replace_file(tmp_path / "a", forbidden)
 
 
+def test_an_error_that_is_not_of_the_disk_stays_as_it_is_and_the_old_file_too(tmp_path):
+    def broken(part):
+        part.write_text("half")
+        raise ZeroDivisionError("mine")
+
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        replace_file(tmp_path / "a", broken)
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_replaced_by_a_whole_one_or_stays(tmp_path):
+    def fill(text, then=lambda: None):
+        def write(part):
+            part.mkdir()
+            (part / text).write_text(text)
+            then()
+
+        return write
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    replace_file(tmp_path / "a", fill("old"))
+    with pytest.raises(OSError, match="the disk is full, make room: '.*a'"):
+        replace_file(tmp_path / "a", fill("new", fail))
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "old"]
+    replace_file(tmp_path / "a", fill("new"))
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "new"]
+
+
+def test_what_was_asked_is_written_once_and_compared(tmp_path):
+    asked = {"seed": 0, "config": {"hidden": (8, 9), "lr": 0.1}}
+    write_asked(tmp_path, asked)
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already: resume it, or choose another"):
+        write_asked(tmp_path, {"seed": 1})
+    assert (tmp_path / "run.json").read_bytes() == before
+    check_asked(tmp_path, asked)
+    check_asked(tmp_path, {"new": 3, "config": {"lr": 0.1}})
+    other = {"seed": 0, "config": {"hidden": (8, 9), "lr": 0.2}}
+    with pytest.raises(ValueError, match="config.lr must be 0.1 as .*run.json says, got 0.2"):
+        check_asked(tmp_path, other)
+    check_asked(tmp_path, other, free=["config.lr"])
+    with pytest.raises(ValueError, match=r"config.hidden must be \[8, 9\] as .*, got \[8\]"):
+        check_asked(tmp_path, {"config": {"hidden": (8,)}}, free=["config.lr"])
+    for text in "[]", "{", "5":
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match="run.json is not of a run"):
+            check_asked(tmp_path, asked)
+
+
 # One process a folder
 
 HOLD = """
@@ -603,6 +655,28 @@ def test_a_folder_is_free_after_an_end_or_an_error_and_other_folders_always_are(
             raise AssertionError("two owners")
     with lock_folder(None), lock_folder(None):
         pass
+
+
+def test_a_folder_that_cannot_be_written_is_said_with_what_to_do(tmp_path, monkeypatch):
+    said = "a run needs a folder that it can write to; choose another: '.*r'"
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=f"Not a directory: {said}"):
+        with lock_folder(tmp_path / "file" / "r"):
+            raise AssertionError("locked")
+
+    def closed(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "open", closed, raising=False)
+    with pytest.raises(PermissionError, match=f"Permission denied: {said}"):
+        with lock_folder(tmp_path / "r"):
+            raise AssertionError("locked")
+
+
+def test_an_error_in_the_block_is_not_one_of_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^mine$"):
+        with lock_folder(tmp_path / "r"):
+            raise FileNotFoundError("mine")
 
 
 def test_a_lock_on_a_file_that_its_owner_removed_is_none(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from po_book.checks import (
     describe,
     distribution,
     keep,
+    readable,
     require,
     table,
 )
@@ -139,7 +140,7 @@ def test_every_public_check_is_tested_here():
 
 
 def test_every_refusal_is_a_value_error_and_says_so():
-    for name in set(checks.__all__) - {"describe"}:
+    for name in set(checks.__all__) - {"describe", "readable"}:
         assert "Raises: `ValueError`" in inspect.getdoc(getattr(checks, name)), name
 
 
@@ -182,3 +183,9 @@ def test_tables_become_float64_without_a_detour():
     assert distribution("p", x) is x
     p = distribution("p", torch.tensor([0.1, 0.9]))  # sums to one in float32 only
     assert p.dtype == torch.float64
+
+
+def test_only_what_is_on_a_cpu_is_looked_at():
+    assert readable(torch.zeros(1)) and not readable(torch.zeros(1, device="meta"))
+    nan = torch.full((2,), float("nan"), device="meta")
+    check_result(nan, x=nan)

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,11 +25,11 @@ from po_book.checkpoint import lock_folder
 from po_book.cli import LANGUAGE, load_reward, load_task, main
 from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS, Clip, Group, InLoss
-from po_book.policies import make_policy, make_q_policy
 from po_book.rollout import evaluate
 from po_book.runs import log_to, record_episode, wandb_logger, write_events
 from po_book.sampling import sample
-from po_book.train import ALGORITHMS, PPOConfig, default_config, load_run, train
+from po_book.spaces import make_policy, make_q_policy
+from po_book.train import ALGORITHMS, default_config, load_run, train
 from po_book.train_lm import LMConfig, default_lm_config, train_lm
 
 TINY = "--device cpu --n-envs 4 --n-steps 32 --minibatch 64 --epochs 2"
@@ -135,8 +137,8 @@ def test_the_command_line_imports_nothing_that_only_one_command_needs():
 
 def test_the_command_trains_what_the_function_trains(here, capsys):
     assert run(f"{TRAIN} --seed 3 --hidden 8 9 --no-anneal") == 0
-    config = PPOConfig(
-        total_steps=600, n_envs=4, n_steps=32, minibatch=64, epochs=2, eval_episodes=5,
+    config = replace(
+        default_config("ppo", "CartPole-v1"), total_steps=600, n_envs=4, n_steps=32, minibatch=64, epochs=2, eval_episodes=5,
         hidden=(8, 9), anneal=False,
     )  # fmt: skip
     want = train("ppo", "CartPole-v1", seed=3, config=config, progress=False)
@@ -336,6 +338,44 @@ def test_so_is_the_run_of_a_language_model(tiny, here):
         assert logged(Path("a run"))[column] == logged(Path("whole"))[column]
 
 
+def wait_for_checkpoint(process: subprocess.Popen, before: set) -> set[tuple[str, int]]:
+    "The checkpoints, once there is a new one; the process must go on until then."
+    patience = time.monotonic() + 300
+    while time.monotonic() < patience and checkpoints() <= before:
+        assert process.poll() is None
+        time.sleep(0.01)
+    return checkpoints()
+
+
+@pytest.mark.parametrize("kind", ["policy", "language model"])
+def test_a_run_that_another_process_trains_is_left_to_it(kind, tiny, here, capsys):
+    "It has no end of its own, so however slow the machine is, it is still there."
+    line = LONG.replace("20000", "1000000000")
+    if kind == "language model":
+        line = f"{LM} --model {tiny} {SMALL} --steps 1000000 --checkpoint-every 5"
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [*PROCESS, *line.split(), "--out", "a run"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    try:
+        wait_for_checkpoint(first, set())
+        owned = f"a run: another process is training in this folder (pid {first.pid})"
+        owned += "; wait for its end, or stop it"
+        held = "a run holds a run already: resume it, or choose another folder"
+        said = {"policy": owned, "language model": held}[kind]
+        seconds = {("resume", "a run"): owned, (*line.split(), "--out", "a run"): said}
+        for second, said in seconds.items():
+            assert main([*second]) == 1
+            assert capsys.readouterr().err == f"po-book: {said}\n"
+        wait_for_checkpoint(first, checkpoints())  # unharmed
+        first.send_signal(signal.SIGINT)
+        _, complaint = first.communicate(timeout=300)
+    finally:
+        first.kill()
+    assert first.returncode == 130
+    assert complaint == "po-book: interrupted; go on with: po-book resume 'a run'\n"
+    assert not Path("a run/run.lock").exists()
+
+
 def test_a_finished_run_is_resumed_without_a_change(trained, capsys):
     before = {p: p.read_bytes() for p in trained.iterdir()}
     assert run(f"resume {trained}") == 0
@@ -354,6 +394,116 @@ def test_evaluate_says_what_the_returns_are(trained, capsys):
         f"{load_run(trained).steps} transitions; fresh episodes: mean {returns.mean():.4g}, standard error {error:.2g}, "
         f"min {returns.min():.4g}, max {returns.max():.4g}, n=7\n"
     )
+
+
+def test_evaluate_takes_the_most_likely_actions_if_asked(trained, capsys):
+    assert run(f"evaluate {trained} --episodes 7 --seed 2 --deterministic") == 0
+    policy = load_run(trained).policy
+    likely, drawn = (evaluate(policy, "CartPole-v1", 7, 2, x).double() for x in (True, False))
+    assert likely.mean() != drawn.mean()
+    said = f"min {likely.min():.4g}, max {likely.max():.4g}, n=7\n"
+    out = capsys.readouterr().out
+    assert f"fresh episodes: mean {likely.mean():.4g}, standard" in out and out.endswith(said)
+
+
+def test_an_episode_may_be_as_long_as_is_asked_and_no_longer(trained, here, capsys):
+    longest = int(load_run(trained).evaluate(7, 2).max())  # a step pays one
+    line = f"evaluate {trained} --episodes 7 --seed 2 --max-steps"
+    assert run(f"{line} {longest}") == 0
+    assert f"max {longest}," in capsys.readouterr().out
+    assert run(f"{line} {longest - 1}") == 1
+    do = "give the environment a time limit, or raise max_steps"
+    said = f"po-book: an episode has not ended after {longest - 1} steps; {do}\n"
+    assert capsys.readouterr().err == said
+
+
+class Endless(gym.Env):
+    "Time in seconds, which float32 cannot tell apart. It has no end."
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+    observation_space = gym.spaces.Box(0, np.inf, (1,), np.float64)
+    action_space = gym.spaces.Discrete(2)
+    ends = np.inf
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.array([1.7e9]), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.array([1.7e9 + self.t]), float(action), self.t >= self.ends, False, {}
+
+    def render(self):
+        return np.full((4, 4, 3), self.t, dtype=np.uint8)
+
+
+class Ending(Endless):
+    "So has this."
+    ends = 6
+
+
+@pytest.fixture
+def clocks():
+    "Ids of an environment without an end, and of one with an end."
+    ids = {"Endless-v0": Endless, "Ending-v0": Ending}
+    for name, kind in ids.items():
+        gym.register(name, kind)
+    yield list(ids)
+    for name in ids:
+        gym.envs.registration.registry.pop(name)
+
+
+def test_an_environment_without_an_end_is_refused(clocks, here, capsys):
+    config = PPOConfig(total_steps=64, n_envs=2, n_steps=32, minibatch=64, epochs=1)
+    train("ppo", "Endless-v0", config=config, out="x", progress=False)
+    for more in "", " --video a.gif":
+        assert run(f"evaluate x --episodes 2 --max-steps 50{more}") == 1
+        assert "episode has not ended after 50 steps; give the" in capsys.readouterr().err
+    assert not Path("a.gif").exists()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_the_film_shows_the_policy_what_the_evaluation_does(deterministic, normalizes, clocks, here):
+    "Observations in the precision of training, and the actions that follow."
+    env, made = gym.make_vec("Ending-v0"), torch.Generator().manual_seed(0)
+    policy, seen = make_policy(env, (8,), made, normalize_obs=normalizes), []
+    name = "distribution" if deterministic else "act"
+    look = getattr(policy, name)
+
+    def spy(obs, *rest):
+        seen.append((obs.clone(), policy.training))
+        return look(obs, *rest)
+
+    setattr(policy, name, spy)
+    record_episode(policy, "Ending-v0", Path("a.gif"), 3, deterministic)
+    filmed, seen[:] = list(seen), []
+    evaluate(policy, "Ending-v0", 1, 3, deterministic)
+    dtype = torch.float64 if normalizes else torch.float32
+    want = [torch.tensor([[1.7e9 + t]], dtype=torch.float64).to(dtype) for t in range(6)]
+    for rows in filmed, seen:
+        assert [(x.dtype, x.item(), mode) for x, mode in rows] == [
+            (dtype, x.item(), False) for x in want
+        ]
+    with Image.open("a.gif") as video:
+        assert [round(np.array(frame.convert("RGB")).mean()) for frame in frames(video)] == [*range(7)]
+
+
+def frames(video):
+    for i in range(video.n_frames):
+        video.seek(i)
+        yield video
+
+
+def test_the_film_takes_the_most_likely_actions_if_asked(trained, here, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "record_episode", lambda *what, **how: asked.append((what[1:], how)))
+    assert run(f"evaluate {trained} --episodes 1 --seed 4 --video a.gif --deterministic --max-steps 600") == 0
+    assert asked == [(("CartPole-v1", Path("a.gif"), 4), {"deterministic": True, "max_steps": 600})]
 
 
 def test_one_episode_has_no_standard_error(trained, capsys):
@@ -475,6 +625,24 @@ def test_a_legend_tells_choices_of_an_objective_apart(here):
     assert run("plot a b") == 0
     labels = [text for text in texts("curves.svg") if "(n=" in text]
     assert labels == ["grpo, beta=0.04 (n=1)", "grpo, beta=0.5 (n=1)"]
+
+
+def test_a_picture_is_drawn_whole_or_stays_as_it_was(here, capsys):
+    fake_run("a", ROWS)
+    for name in "x.svg", "x.png", "x":
+        assert run(f"plot a --out {name}") == 0
+        before = Path(name).read_bytes()
+        room = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, room[1]))
+        try:
+            assert run(f"plot a --out {name}") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, room)
+        said = f"File too large; the file is as it was: '{name}'"
+        assert capsys.readouterr().err == f"po-book: [Errno 27] {said}\n"
+        assert Path(name).read_bytes() == before and not Path(f"{name}.part").exists()
+    with Image.open("x") as picture:
+        assert picture.format == "PNG"
 
 
 def test_a_real_run_is_plotted(trained, here):
@@ -647,6 +815,14 @@ def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
         ("resume torn", 1, "run.json is not of a run: KeyError('model')"),
         ("evaluate spoken", 1, "spoken holds no model yet: resume it"),
         ("evaluate spoken --video a.gif", 1, "video needs an environment, and spoken"),
+        ("evaluate spoken --deterministic", 1, "deterministic needs an environment, and"),
+        ("evaluate good --max-steps 0", 2, "max_steps must be at least 1, got 0"),
+        ("train ppo --env CartPole-v1 --out file/r", 1, "Not a directory: a run needs"),
+        (f"{LM} --out file/r", 1, "Not a directory: a run needs a folder"),
+        (f"{LM} --steps 2.5", 2, "Error parsing --steps"),
+        (f"{LM} --lr inf", 2, "lr must be in (0, inf), got inf"),
+        (f"{LM} --temperature nan", 2, "temperature must be in (0, inf), got nan"),
+        (f"{LM} --minibatches 3", 2, "minibatches must be a divisor of prompts 32, got 3"),
         ("train grpo", 2, "--task STR"),
         ("train grpo --env CartPole-v1", 2, "Unrecognized options: --env CartPole-v1"),
         ("train ppo --task countdown", 2, "Unrecognized options: --task countdown"),
@@ -788,6 +964,18 @@ def test_a_model_is_not_taught_in_a_folder_where_another_process_trains(here, ca
         assert run(f"{LM} {SMALL} --steps 1 --sft-steps 1 --out x") == 1
         assert [p.name for p in Path("x").iterdir()] == ["run.lock"]
     assert "x: another process is training in this folder (pid" in capsys.readouterr().err
+
+
+def test_a_model_that_was_taught_is_kept_whole_or_not_at_all(here, capsys):
+    line = f"{LM} {SMALL} --steps 1 --sft-steps 1 --out x"
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, room[1]))
+    try:
+        assert run(line) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    assert capsys.readouterr().err == "po-book: [Errno 27] File too large: 'x/start'\n"
+    assert not list(Path("x").iterdir())
 
 
 def test_the_tiny_model_is_that_of_the_seed_and_its_problems_come_in_its_order(here, monkeypatch):

@@ -54,16 +54,19 @@ def provenance(name: str) -> dict:
     return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+OFF = {"normalize_rewards": False}  # a later setting whose default changes something
+
+
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_was_made_with_the_settings_that_the_code_has_now(name):
-    "A setting that came later than the record has its default, with which nothing changed."
+    "A setting that came later than the record is off: nothing changed."
     record, then = RECORDS[name].RECORDS[name], provenance(name)["settings"]
     assert then.keys() == record.variants.keys()
     for variant, settings in json.loads(json.dumps(record.settings())).items():
         now, kind = record.variants[variant], type(record.variants[variant])
         assert {key: settings[key] for key in then[variant]} == then[variant]
         later = [f for f in fields(kind) if f.name not in then[variant]]
-        assert all(getattr(now, f.name) == f.default for f in later)
+        assert all(getattr(now, f.name) == OFF.get(f.name, f.default) for f in later)
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - RECORDS.keys()))

@@ -292,6 +292,17 @@ def test_exploration_noise():
     close(*again, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sigma_may_be_a_tensor_which_is_not_looked_at(dtype):
+    mean, sigma = torch.zeros(50, 2, dtype=dtype), torch.tensor(0.25, dtype=torch.float32)
+    seeded = lambda: torch.Generator().manual_seed(3)
+    a = explore(mean, sigma, -0.5, 0.5, seeded())
+    assert a.dtype == dtype and torch.equal(a, explore(mean, 0.25, -0.5, 0.5, seeded()))
+    assert torch.equal(explore(mean, sigma.fill_(0.0)), mean)
+    # A tensor without data cannot be looked at.
+    assert explore(mean.to("meta"), sigma.to("meta")).shape == mean.shape
+
+
 @pytest.mark.parametrize("options, name", [
     ({"sigma": -0.1}, "sigma"),
     ({"sigma": float("nan")}, "sigma"),

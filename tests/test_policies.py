@@ -1,19 +1,9 @@
 import math
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import (
-    Box,
-    Dict,
-    Discrete,
-    MultiBinary,
-    MultiDiscrete,
-    Sequence,
-    Text,
-    Tuple,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from po_book.policies import (
     CategoricalPolicy,
@@ -23,12 +13,11 @@ from po_book.policies import (
     MultiCategoricalPolicy,
     Normalizer,
     QPolicy,
-    make_deterministic_policy,
-    make_policy,
-    make_q_policy,
+    draw_categorical,
     mlp,
-    observation_size,
+    network,
 )
+from po_book.spaces import make_policy
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -70,7 +59,7 @@ def test_actor_parameters_are_what_the_distribution_depends_on():
 def test_a_q_policy_explores_in_training_mode_only():
     policy, obs = QPolicy(4, 3, generator=generator()), torch.randn(1, 4).expand(30_000, -1)
     best = policy.q(obs[:1]).argmax().item()
-    policy.epsilon = 0.3
+    policy.epsilon.fill_(0.3)
     shares = policy.act(obs, generator()).bincount(minlength=3) / 30_000
     expected = torch.full((3,), 0.1)
     expected[best] = 0.8
@@ -85,7 +74,7 @@ def test_a_deterministic_policy_stays_within_uneven_bounds():
         policy.actor[-1].bias.copy_(torch.tensor([20.0, -20.0]))
     obs = torch.randn(5000, 4)
     torch.testing.assert_close(policy.mean(obs[:1]), torch.tensor([[3.0, 2.0]]))
-    policy.sigma = 0.2
+    policy.sigma.fill_(0.2)
     noisy = policy.act(obs, generator())
     assert (noisy >= low).all() and (noisy <= high).all() and noisy.std(0).min() > 0
     # Half of the noise is cut off at the bound; the rest scales with the width.
@@ -101,40 +90,9 @@ def test_the_critic_sees_actions_in_half_widths():
     torch.testing.assert_close(wide.q(obs, 20 * actions), unit.q(obs, actions))
 
 
-@pytest.mark.parametrize(
-    "make, env_id, message",
-    [
-        (make_q_policy, "Pendulum-v1", "action space must be Discrete, got Box"),
-        (make_deterministic_policy, "CartPole-v1", "action space must be a Box, got Discrete"),
-    ],
-)
-def test_a_method_that_does_not_fit_the_actions(make, env_id, message):
-    with pytest.raises(ValueError, match=message):
-        make(gym.make_vec(env_id, num_envs=1))
-
-
 def test_a_deterministic_policy_needs_bounds():
     with pytest.raises(ValueError, match="action bounds must be finite"):
         DeterministicPolicy(2, torch.tensor([-1.0]), torch.tensor([torch.inf]))
-
-
-@pytest.mark.parametrize(
-    "field, space, message",
-    [
-        ("single_observation_space", Text(3), "observation space must be a Box, Discrete"),
-        (
-            "single_observation_space",
-            Dict(a=Discrete(2), b=Tuple([Discrete(2), Sequence(Discrete(3))])),
-            r"observation space\['b'\]\[1\] must be .*, got Sequence",
-        ),
-        ("single_action_space", Text(3), "action space must be Discrete, MultiDiscrete"),
-    ],
-)
-def test_spaces_that_do_not_fit(field, space, message):
-    env = gym.make_vec("CartPole-v1", num_envs=1)
-    setattr(env.unwrapped, field, space)
-    with pytest.raises(ValueError, match=message):
-        make_policy(env)
 
 
 def test_mlp_is_orthogonal_and_seeded():
@@ -204,62 +162,6 @@ def test_finite_logits_keep_every_bit():
     assert torch.equal(policy.evaluate(obs, obs[:, 0].long() * 0)[1], -(logp.exp() * logp).sum(-1))
 
 
-def env_with(**spaces):
-    "A vector environment that is nothing but its spaces."
-    env = gym.vector.VectorEnv()
-    env.single_observation_space = spaces.get("obs", Box(-1, 1, (2,)))
-    env.single_action_space = spaces.get("action", Discrete(2))
-    return env
-
-
-@pytest.mark.parametrize(
-    "space, size",
-    [
-        (Discrete(5, start=2), 5),
-        (MultiDiscrete([[2, 3], [4, 1]]), 10),
-        (MultiBinary((2, 3)), 6),
-        (Box(0, 1, ()), 1),
-        (Box(0, 255, (9, 8, 3), "uint8"), 216),
-        (Dict(a=Discrete(3), b=Tuple([Box(0, 1, (2, 2)), MultiBinary(2)])), 9),
-    ],
-)
-def test_the_size_of_an_observation(space, size):
-    assert observation_size(env_with(obs=space)) == size
-
-
-@pytest.mark.parametrize(
-    "space, sizes",
-    [
-        (MultiDiscrete([2, 4, 3]), [2, 4, 3]),
-        (MultiDiscrete([[2, 4], [3, 1]], start=[[1, 1], [0, 5]]), [2, 4, 3, 1]),
-        (MultiBinary((2, 2)), [2, 2, 2, 2]),
-    ],
-)
-def test_several_choices_are_independent_categoricals(space, sizes):
-    policy = make_policy(env_with(action=space), generator=generator())
-    assert isinstance(policy, MultiCategoricalPolicy)
-    with torch.no_grad():
-        policy.actor[-1].weight.mul_(100)
-    obs = torch.randn(5, 7, 2)
-    parts = [torch.distributions.Categorical(logits=z) for z in policy.actor(obs).split(sizes, -1)]
-    actions = torch.stack([part.sample() for part in parts], -1)
-    logp, entropy = policy.evaluate(obs, actions)
-    expected = sum(part.log_prob(a) for part, a in zip(parts, actions.unbind(-1)))
-    torch.testing.assert_close(logp, expected)
-    torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
-    dist = policy.distribution(obs)
-    torch.testing.assert_close(dist.log_prob(actions), logp)
-    torch.testing.assert_close(dist.entropy(), entropy)
-    best = torch.stack([part.logits.argmax(-1) for part in parts], -1)
-    assert torch.equal(dist.mode, best)
-    drawn = policy.act(obs[0, :1].expand(50_000, -1), generator())
-    for k, part in enumerate(parts):
-        share = drawn[:, k].bincount(minlength=sizes[k]) / 50_000
-        torch.testing.assert_close(share, part.probs[0, 0].detach(), atol=0.012, rtol=0)
-    grads = torch.autograd.grad((logp + entropy).sum(), policy.actor_parameters())
-    assert all(g.isfinite().all() for g in grads)
-
-
 def test_a_gaussian_counts_in_units_of_its_bounds():
     low = torch.tensor([10.0, -2000.0, -1.0, -torch.inf, 3.0])
     high = torch.tensor([12.0, 2000.0, 1.0, 5.0, 3.0])
@@ -282,17 +184,6 @@ def test_a_gaussian_counts_in_units_of_its_bounds():
     assert policy.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("low, high", [(-1, 1), (-torch.inf, torch.inf)])
-def test_bounds_of_one_and_none_keep_every_bit(low, high):
-    space = Box(np.full(3, low, np.float32), np.full(3, high, np.float32))
-    policy = make_policy(env_with(action=space), generator=generator())
-    obs, noise = torch.randn(50, 2), torch.empty(50, 3).normal_(generator=generator())
-    assert torch.equal(policy.act(obs, generator()), policy.actor(obs) + noise)
-    z = noise - policy.actor(obs)
-    expected = -(0.5 * z**2 + 0.5 * math.log(2 * math.pi)).sum(-1)
-    assert torch.equal(policy.evaluate(obs, noise)[0], expected)
-
-
 @pytest.mark.parametrize("shape", [(84, 84, 4), (4, 84, 84), (36, 40, 1), (5, 6, 3), (1, 3, 3)])
 def test_convolutions_keep_leading_axes_and_scale_by_255(shape):
     eye = Convolutions(shape, generator())
@@ -308,13 +199,154 @@ def test_convolutions_keep_leading_axes_and_scale_by_255(shape):
     assert len(eye.layers) == 6 and features.max() < 10
 
 
-def test_images_get_convolutions_in_actor_and_critic_and_vectors_do_not():
-    image = Box(0, 255, (8, 8, 3), "uint8")
-    policy = make_policy(env_with(obs=image), normalize_obs=True)
-    assert [type(net[1]) for net in (policy.actor, policy.critic)] == [Convolutions] * 2
-    assert len(policy.actor_parameters()) == 6 + 6
-    assert isinstance(make_q_policy(env_with(obs=image)).q[0], Convolutions)
-    for vector in Box(0, 255, (8, 8), "uint8"), Box(0, 1, (8, 8, 3)):
-        assert not any(isinstance(m, Convolutions) for m in make_policy(env_with(obs=vector)).modules())
-    with pytest.raises(ValueError, match="observation space must be vectors, not images"):
-        make_deterministic_policy(env_with(obs=image, action=Box(-1, 1)))
+LIVE = {
+    "epsilon": lambda: QPolicy(4, 3, generator=generator()),
+    "sigma": lambda: DeterministicPolicy(4, -torch.ones(2), torch.ones(2), generator=generator()),
+}
+
+
+@pytest.mark.parametrize("name, start", [("epsilon", 1.0), ("sigma", 0.2)])
+def test_a_live_number_is_a_tensor_that_is_written_in_place(name, start):
+    policy = LIVE[name]()
+    number = getattr(policy, name)
+    assert number.dtype == torch.float32 and number.shape == () and not number.requires_grad
+    assert number.item() == pytest.approx(start)
+    assert name in dict(policy.named_buffers()) and name not in policy.state_dict()
+    place = number.data_ptr()
+    number.fill_(0.5)
+    assert getattr(policy, name) is number and number.data_ptr() == place and number == 0.5
+    with pytest.raises(TypeError, match="cannot assign"):
+        setattr(policy, name, 0.1)
+    assert getattr(policy.to("meta"), name).device.type == "meta"
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_a_live_number_stays_float32(default):
+    torch.set_default_dtype(default)
+    try:
+        assert all(getattr(make(), name).dtype == torch.float32 for name, make in LIVE.items())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_a_q_policy_draws_with_the_probabilities_of_epsilon_greedy(epsilon):
+    policy, n = QPolicy(2, 4, generator=generator()), 100_000
+    obs = torch.tensor([[0.3, -2.0], [1.0, 0.5]])
+    policy.epsilon.fill_(epsilon)
+    rows = policy.act(obs.repeat_interleave(n, 0), generator(1)).reshape(2, n)
+    for row, best in zip(rows, policy.q(obs).argmax(-1)):
+        exact = torch.full((4,), epsilon / 4)
+        exact[best] += 1 - epsilon
+        deviation = (exact * (1 - exact) / n).sqrt()
+        assert ((row.bincount(minlength=4) / n - exact).abs() <= 5 * deviation).all()
+
+
+def test_an_action_follows_the_live_number_and_the_mode():
+    policy, obs = QPolicy(4, 3, generator=generator()), torch.randn(2000, 4)
+    greedy = policy.q(obs).argmax(-1)
+    assert not torch.equal(policy.act(obs, generator()), greedy)
+    policy.epsilon.fill_(0.0)
+    assert torch.equal(policy.act(obs, generator()), greedy)
+    policy.epsilon.fill_(1.0)
+    assert torch.equal(policy.eval().act(obs, generator()), greedy)
+
+
+def test_the_noise_follows_the_live_number():
+    policy, obs = LIVE["sigma"](), torch.zeros(2000, 4)
+    noise = torch.empty(2000, 2).normal_(generator=generator())
+    for sigma in 0.1, 0.4, 0.0:
+        policy.sigma.fill_(sigma)
+        expected = (policy.mean(obs) + sigma * noise).clamp(-1, 1)
+        torch.testing.assert_close(policy.act(obs, generator()), expected.detach())
+
+
+@pytest.mark.parametrize("impossible", [0, 1])
+def test_a_clock_that_reads_zero_rings_for_no_impossible_action(impossible, monkeypatch):
+    "Some devices draw an exact zero once in 2**24 times."
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, generator=None: x.zero_())
+    logits = torch.zeros(1, 2)
+    logits[0, impossible] = -torch.inf
+    for dtype in torch.float32, torch.float64, torch.bfloat16:
+        assert draw_categorical(logits.to(dtype)).item() == 1 - impossible
+
+
+class Waits(TorchDispatchMode):
+    "Refuses what looks at the values of a tensor, which on a GPU is to wait."
+
+    NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "multinomial", "equal", "unique"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        chosen = [x for x in indices if x is not None and x.dtype in (torch.bool, torch.uint8)]
+        assert name not in self.NAMES and not chosen, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.multinomial(x, 1),
+        lambda x: torch.full_like(x, x[0]),
+    ],
+)
+def test_a_look_is_noticed(look):
+    with pytest.raises(AssertionError), Waits():
+        look(torch.ones(3))
+
+
+def every_policy():
+    "Policies of every kind, with and without mask and normaliser."
+    box = torch.tensor([[0.0, -5.0], [1.0, torch.inf]])
+    yield from (make() for make in LIVE.values())
+    for scaled in False, True:
+        yield GaussianPolicy(4, 2, (8,), normalize_obs=scaled, bounds=box)
+        for mask in None, slice(0, 3):
+            for policy in (
+                CategoricalPolicy(4, 3, (8,), normalize_obs=scaled),
+                MultiCategoricalPolicy(4, [2, 1], (8,), normalize_obs=scaled),
+            ):
+                policy.mask = mask
+                yield policy
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("policy", list(every_policy()), ids=lambda p: type(p).__name__)
+def test_a_policy_never_looks_at_what_a_tensor_holds(policy, mode):
+    policy.train(mode)
+    obs, rng = torch.tensor([[1.0, 1.0, 0.0, 0.3], [1.0, 1.0, 1.0, -0.2]]), generator()
+    with Waits():
+        actions = policy.act(obs, rng)
+        if isinstance(policy, QPolicy):
+            policy.q(obs)
+        elif isinstance(policy, DeterministicPolicy):
+            policy.q(obs, policy.mean(obs))
+        else:
+            policy.observe(obs)
+            policy.value(obs).sum().backward()
+            torch.cat(policy.evaluate(obs, actions)).sum().backward()
+            distribution = policy.distribution(obs)
+            distribution.log_prob(actions), distribution.entropy(), distribution.mode
+
+
+@pytest.mark.parametrize("hidden", [64, 64.0, None, "64"])
+def test_one_width_is_no_tuple_of_widths(hidden):
+    bounds = -torch.ones(1), torch.ones(1)
+    for make in (
+        lambda: network(3, hidden, 2, 1.0),
+        lambda: network((8, 8, 3), hidden, 2, 1.0),
+        lambda: CategoricalPolicy(3, 2, hidden),
+        lambda: MultiCategoricalPolicy(3, [2, 2], hidden),
+        lambda: GaussianPolicy(3, 2, hidden),
+        lambda: QPolicy(3, 2, hidden),
+        lambda: DeterministicPolicy(3, *bounds, hidden),
+    ):
+        message = f"hidden must be a tuple of widths, such as .64, 64., got {hidden}"
+        with pytest.raises(ValueError, match=message):
+            make()
+    assert network(3, [5], 2, 1.0)[0].out_features == 5

@@ -16,8 +16,10 @@ import torch
 from test_runner import Trunk, TrunkConfig
 from test_train import SMALL, Bandit
 
-from po_book.checkpoint import load_checkpoint
-from po_book.runner import Config, Diverged
+from po_book.algorithm import Config
+from po_book.batch import RewardScale
+from po_book.checkpoint import load_checkpoint, restore
+from po_book.runner import Diverged
 from po_book.train import ALGORITHMS, PPOConfig, load_run, resume, train
 
 EVERY = dict(checkpoint_every=300, eval_every=500, eval_episodes=5)
@@ -71,6 +73,17 @@ def test_any_environment_is_resumed_with_its_normaliser(env, tmp_path):
     resumed = resume(tmp_path, progress=False)
     same(resumed, whole)
     assert resumed.policy.normalizer.count == resumed.steps
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "trpo", "ppo"])
+def test_a_run_is_resumed_with_its_scale_of_rewards(algorithm, tmp_path):
+    config = replace(CONFIGS[algorithm], normalize_rewards=True)
+    whole = train(algorithm, "Pendulum-v1", config=config, progress=False)
+    interrupted(algorithm, "Pendulum-v1", tmp_path, config)
+    same(resume(tmp_path, progress=False), whole)
+    extra = {"reward_scale": RewardScale(config.n_envs, 0.5)}
+    restore(extra, load_checkpoint(tmp_path / "checkpoint.pt")["learner"]["extra"])
+    assert extra["reward_scale"].count == whole.steps and extra["reward_scale"].gamma == config.gamma
 
 
 def test_environments_of_ones_own_are_resumed(tmp_path):

@@ -251,7 +251,7 @@ def test_the_first_gradient_of_the_loss_is_the_policy_gradient():
     ids, mask, real = samples.ids, samples.mask, samples.attention_mask
     logp = token_logprobs(actor, ids, mask, attention_mask=real)
     columns = batch["logp_old"], batch["advantages"], -logp.detach()
-    loss, _ = ppo_loss(logp, *columns, batch["values"], batch["returns"], mask=mask)
+    loss = ppo_loss(logp, *columns, batch["values"], batch["returns"], mask=mask)
     plain = -(batch["advantages"] * logp).sum() / mask.sum()
     weights = list(actor.parameters())
     got = torch.autograd.grad(loss, weights, retain_graph=True)

@@ -2,30 +2,25 @@
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_train import SMALL, Bandit, quick, vector
+from test_train import SMALL, Bandit, cartpole, quick, vector
 
+import po_book.algorithm
 import po_book.learner
 from po_book.advantage import normalize
 from po_book.checkpoint import load_checkpoint, save_checkpoint
-from po_book.policies import make_policy
 from po_book.ppo import ppo_loss
-from po_book.rollout import collect_episodes
-from po_book.runner import (
-    Algorithm,
-    Config,
-    Diverged,
-    find_device,
-    flatten_parameters,
-    new_learner,
-    read_run,
-    resume_run,
-    start_run,
-)
+from po_book.rollout import collect_episodes, spawn_seed
+from po_book.algorithm import Algorithm, Config, new_learner
+from po_book.learner import find_device, flatten_parameters
+from po_book.runner import Diverged, read_run, resume_run, start_run
+from po_book.spaces import make_policy
+from po_book.tensor_env import CartPole
 from po_book.train import ALGORITHMS, PPOConfig
 
 
@@ -50,7 +45,7 @@ def test_the_log_counts_transitions_and_time(algorithm):
 
 
 def test_learning_stops_at_the_first_mean_return_that_is_good_enough():
-    config = PPOConfig(total_steps=50_000, eval_every=1, eval_episodes=5, solved_at=1.0)
+    config = cartpole("ppo", total_steps=50_000, eval_every=1, eval_episodes=5, solved_at=1.0)
     run = quick("ppo", config=config)
     assert len(run.log) == 1 and run.log[0]["mean_return"] >= 1.0
 
@@ -69,11 +64,17 @@ def test_flat_parameters_are_the_parameters():
             optimizer.step()
     for a, b in zip(*(policy.parameters() for policy in policies)):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    assert len(weights) == sum(p.numel() for p in policies[0].parameters())
+    starts = [p.data_ptr() - weights.data_ptr() for p in policies[0].parameters()]
+    assert starts[0] == 0 and all(start % 64 == 0 for start in starts)
+    assert weights.numel() == sum(-(-p.numel() // 16) * 16 for p in policies[0].parameters())
+    places = torch.ones(weights.numel(), dtype=torch.bool)
+    for p, start in zip(policies[0].parameters(), starts):
+        places[start // 4 : start // 4 + p.numel()] = False
+    assert places.any() and (weights[places] == 0).all()  # what lies between stays zero
 
 
 def test_a_function_that_makes_an_environment():
-    config = PPOConfig(total_steps=20_000, n_envs=8, eval_every=1_000, eval_episodes=20, solved_at=9.0)
+    config = cartpole("ppo", total_steps=20_000, n_envs=8, eval_every=1_000, eval_episodes=20, solved_at=9.0)
     assert quick("ppo", env=Bandit, config=config).log[-1]["mean_return"] >= 9.0
 
 
@@ -160,7 +161,7 @@ def test_spaces_that_are_not_supported():
 @pytest.mark.parametrize(
     "backend, message",
     [
-        ("fast", "backend must be one of .*recorded.*, got 'fast'"),
+        ("fast", "backend of ppo must be one of .*recorded.*, got 'fast'"),
         ("recorded", "backend recorded needs environments made of tensors on a GPU"),
     ],
 )
@@ -169,23 +170,67 @@ def test_a_backend_that_is_not_there(backend, message):
         quick("ppo", env="po_book/CartPole-v1", backend=backend)
 
 
-def test_a_backend_gets_the_same_function_and_numbers_as_tensors(monkeypatch):
-    "A stand-in that only counts: one preparation a shape, and the eager run's weights."
-    prepared = []
+class Counting:
+    "A stand-in for a compiler or a recorder, which only sees what it is given."
 
-    def counting(function, generators):
-        prepared.append(function.__name__)
-        def run(**inputs):
-            assert all(torch.is_tensor(x) for x in inputs.values())
-            return {name: x.clone() for name, x in function(**inputs).items()}
-        return run
+    prepared: list = []
 
-    monkeypatch.setitem(po_book.learner.BACKENDS, "counting", counting)
-    env = "po_book/CartPole-v1"  # never loses a row, so all minibatches are of one shape
-    runs = [quick("ppo", env=env, backend=backend) for backend in ("eager", "counting")]
-    assert prepared == ["improve"]
+    def __init__(self, function, *rest):
+        self.prepared.append(function.__name__)
+        self.function, self.places = function, {}
+
+    def __call__(self, **inputs):
+        assert all(torch.is_tensor(x) for x in inputs.values())
+        for name, x in inputs.items():
+            if x.ndim == 0:  # a number that changes has a place that does not
+                assert self.places.setdefault(name, x.data_ptr()) == x.data_ptr()
+        return self.function(**inputs)
+
+
+@pytest.mark.parametrize(
+    "algorithm, backend, prepared",
+    [
+        ("ppo", "compiled", ["loss"]),
+        ("a2c", "compiled", ["loss"]),
+        ("dqn", "compiled", ["error"]),
+        ("ppo", "recorded", ["walk", "epoch"]),
+        ("a2c", "recorded", ["walk", "improve"]),
+        ("dqn", "recorded", ["walk", "learn"]),
+    ],
+)
+def test_a_backend_gets_the_same_functions_and_numbers_as_tensors(algorithm, backend, prepared, monkeypatch):
+    "Every method that offers a backend hands it what it says; weights are the eager run's."
+    monkeypatch.setattr(Counting, "prepared", [])
+    monkeypatch.setattr(po_book.learner, "check_backend", lambda *_: None)
+    monkeypatch.setattr(po_book.algorithm, "check_backend", lambda *_: None)
+    monkeypatch.setattr(po_book.learner, "Recorded", Counting)
+    monkeypatch.setattr(torch, "compile", Counting)
+    monkeypatch.setattr(CartPole, "compile", lambda env: None)
+    kinds = "eager", backend  # environments that lose no row: all minibatches are of one shape
+    runs = [quick(algorithm, env="po_book/CartPole-v1", backend=kind) for kind in kinds]
+    assert list(dict.fromkeys(Counting.prepared)) == prepared and len(Counting.prepared) <= len(prepared) + 1
     for a, b in zip(*(run.policy.parameters() for run in runs)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo", "dqn"])
+def test_a_compiled_loss_is_one_graph(algorithm, monkeypatch):
+    "Traced for real, without what generates code; a number that is looked at would break it."
+    traced = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
+    config = replace(SMALL[algorithm], total_steps=300)
+    kinds = "eager", "compiled"
+    runs = [quick(algorithm, env="po_book/CartPole-v1", backend=kind, config=config) for kind in kinds]
+    for a, b in zip(*(run.policy.parameters() for run in runs)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm, backend", [
+    ("reinforce", "compiled"), ("reinforce", "recorded"), ("trpo", "compiled"), ("trpo", "recorded"), ("ddpg", "compiled"),
+])
+def test_a_backend_that_would_do_nothing_is_refused(algorithm, backend):
+    with pytest.raises(ValueError, match=f"backend of {algorithm} must be one of eager.*, got '{backend}'"):
+        quick(algorithm, backend=backend)
 
 
 def test_a_gradient_step_reads_nothing_where_it_would_have_to_wait():
@@ -194,7 +239,7 @@ def test_a_gradient_step_reads_nothing_where_it_would_have_to_wait():
     obs, row = torch.empty(8, 4, device="meta"), torch.empty(8, device="meta")
     logp, entropy = policy.evaluate(obs, torch.zeros(8, dtype=torch.long, device="meta"))
     clip = torch.tensor(0.2, device="meta")
-    loss, _ = ppo_loss(logp, row, normalize(row), entropy, policy.value(obs), row, clip_low=clip)
+    loss = ppo_loss(logp, row, normalize(row), entropy, policy.value(obs), row, clip_low=clip)
     loss.backward()
     with pytest.raises(RuntimeError, match="meta"):
         loss.item()
@@ -203,7 +248,7 @@ def test_a_gradient_step_reads_nothing_where_it_would_have_to_wait():
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["recorded", "compiled"])
 def test_backends_learn_the_same_on_a_gpu(backend):
-    config = PPOConfig(total_steps=8_000, n_envs=64, n_steps=32)
+    config = cartpole("ppo", total_steps=8_000, n_envs=64, n_steps=32)
     kwargs = {"env": "po_book/CartPole-v1", "device": "cuda", "config": config}
     eager, other = (quick("ppo", backend=name, **kwargs) for name in ("eager", backend))
     assert [row["return"] for row in eager.log[:2]] == [row["return"] for row in other.log[:2]]
@@ -323,7 +368,8 @@ def test_a_module_is_trained_itself_and_the_function_sees_the_spaces():
 
 def test_a_policy_that_is_given_is_the_one_that_would_be_made():
     "Equal weights, equal run."
-    made = make_policy(vector("CartPole-v1"), generator=torch.Generator().manual_seed(0))
+    weights = torch.Generator().manual_seed(spawn_seed(0, "weights"))
+    made = make_policy(vector("CartPole-v1"), generator=weights)
     runs = quick("ppo", policy=made), quick("ppo")
     assert all(map(torch.equal, *(run.policy.parameters() for run in runs)))
 
@@ -416,7 +462,7 @@ class Looks(Trunk):
 
 
 def test_a_network_for_images():
-    config = PPOConfig(total_steps=16_000, n_envs=16, n_steps=32, lr=1e-2)
+    config = cartpole("ppo", total_steps=16_000, n_envs=16, n_steps=32, lr=1e-2)
     run = quick("ppo", env=Bright, policy=Looks, config=config)
     assert run.log[0]["return"] < 7 and run.evaluate().mean() > 9
 
@@ -430,10 +476,11 @@ def test_a_policy_that_cannot_act_is_refused():
         quick("ppo", config=NoConfig())
 
 
-def test_a_checkpoint_without_what_methods_keep_is_refused(tmp_path):
+@pytest.mark.parametrize("part", ["extra", "order"])
+def test_a_checkpoint_without_what_a_learner_keeps_is_refused(tmp_path, part):
     quick("ppo", out=tmp_path)
     state = load_checkpoint(tmp_path / "checkpoint.pt")
-    del state["learner"]["extra"]
+    del state["learner"][part]
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     with pytest.raises(ValueError, match="another version of po_book"):
         resume_run(tmp_path, ALGORITHMS, progress=False)

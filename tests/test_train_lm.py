@@ -1,10 +1,13 @@
 "The trainer of language models: invariances of its step, resuming, and bad input."
+import errno
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +18,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 
 from po_book import lm_batch
 from po_book import train_lm as module
+from po_book.checkpoint import lock_folder
 from po_book.dapo import NoSignal
 from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS
 from po_book.runner import Diverged
 from po_book.lm_batch import gradient_step
-from po_book.tasks import ChainAddition, WordProblems
-from po_book.train_lm import LMConfig, default_lm_config, fit_objective, train_lm
+from po_book.tasks import ChainAddition, Countdown, WordProblems
+from po_book.train_lm import LMConfig, default_lm_config, fit_objective, save_lm, train_lm
 
 TASK = ChainAddition(2, 3)
 SMALL = LMConfig(
@@ -303,6 +307,16 @@ def test_scores_are_of_held_out_problems():
 
 # Bad input
 
+COUNTS = [
+    "prompts", "group_size", "max_new_tokens", "max_draws", "steps", "epochs", "minibatches",
+    "eval_prompts", "eval_samples", "checkpoint_every",
+]  # fmt: skip
+COUNTS_OR_NONE = ["micro_batch", "overlong_cache", "warmup", "reset_reference", "eval_every"]
+
+
+def test_gradients_of_any_length_may_be_asked_for():
+    assert replace(SMALL, max_grad_norm=math.inf).max_grad_norm == math.inf
+
 
 @pytest.mark.parametrize(
     "change, message",
@@ -312,6 +326,19 @@ def test_scores_are_of_held_out_problems():
         (dict(micro_batch=-1), "micro_batch must be at least 0, got -1"),
         (dict(minibatches=3), "minibatches must be a divisor of prompts 4, got 3"),
         (dict(overlong_cache=6), "overlong_cache must be below max_new_tokens 6, got 6"),
+        (dict(temperature=math.inf), r"temperature must be in \(0, inf\), got inf"),
+        (dict(temperature=0.0), r"temperature must be in \(0, inf\), got 0.0"),
+        (dict(temperature=math.nan), r"temperature must be in \(0, inf\), got nan"),
+        (dict(lr=math.inf), r"lr must be in \(0, inf\), got inf"),
+        (dict(lr=-1e-4), "lr must be positive, got -0.0001"),
+        (dict(max_grad_norm=math.nan), "max_grad_norm must be positive, got nan"),
+        (dict(max_grad_norm=0.0), "max_grad_norm must be positive, got 0.0"),
+        *[(dict([(name, x)]), f"{name} must be a whole number, got {x}")
+          for name in COUNTS + COUNTS_OR_NONE for x in (2.5, True, math.inf)],
+        *[(dict([(name, x)]), f"{name} must be positive, got {x}")
+          for name in COUNTS for x in (0, -1)],
+        *[(dict([(name, -1)]), f"{name} must be at least 0, got -1")
+          for name in COUNTS_OR_NONE],
     ],
 )
 def test_settings_that_make_no_sense(change, message):
@@ -332,6 +359,15 @@ def test_settings_that_make_no_sense(change, message):
 def test_objectives_and_settings_that_do_not_fit(objective, change, message):
     with pytest.raises(ValueError, match=message):
         run(objective, replace(SMALL, **change))
+
+
+def test_without_a_run_there_is_nothing_to_resume(tmp_path):
+    with pytest.raises(ValueError, match="nowhere holds no run: there is no run.json"):
+        run(out=tmp_path / "nowhere", resume=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is not of a run: JSONDecodeError"):
+        run(out=tmp_path, resume=True)
 
 
 def test_without_a_folder_there_is_nothing_to_resume():
@@ -382,7 +418,200 @@ def test_a_step_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000001"]
 
 
+# A folder belongs to a run, and disks refuse
+
+
+def stopped(out, step=3, config=replace(SMALL, steps=4, checkpoint_every=2), **how):
+    "A run of Dr. GRPO that is stopped in the middle of this step."
+
+    def stop(row):
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("dr-grpo", config, out=out, report=stop, **how)
+    return config
+
+
+def content(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_has_one_trainer_at_a_time(tmp_path):
+    "It is locked before the checkpoint is read, and free again after an error."
+    out, refused = tmp_path / "r", []
+
+    def second(row):
+        before = content(out)
+        for again in dict(resume=True), dict(resume=False):
+            with pytest.raises(ValueError, match="r: another process is training in this"):
+                run(out=out, **again)
+        assert content(out) == before and out / "run.lock" in before
+        refused.append(row["step"])
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+
+    config = replace(SMALL, checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(config=config, out=out, report=second)
+    assert refused == [1, 2] and not (out / "run.lock").exists()
+    done = run(config=config, out=out, resume=True)
+    assert [row["step"] for row in done.log] == [1, 2, 3] and not (out / "run.lock").exists()
+
+
+OTHERS = {
+    "objective": (dict(objective="dr-grpo"), "objective.advantage.scale must be 'group' as .*run.json says, got 'none'"),
+    "lr": (dict(config=replace(SMALL, lr=0.5)), "config.lr must be 0.001 as .*, got 0.5"),
+    "group": (dict(config=replace(SMALL, group_size=8)), "config.group_size must be 4 as .*, got 8"),
+    "fewer": (dict(config=replace(SMALL, steps=1)), "config.steps must be 3 as .*, got 1"),
+    "seed": (dict(seed=9), "seed must be 0 as .*, got 9"),
+    "task": (dict(task=Countdown()), r"problems must be 'ChainAddition\(.*' as .*, got 'Countdown\("),
+    "asked": (dict(asked={"place": "b"}), "place must be 'a' as .*, got 'b'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", OTHERS.values(), ids=OTHERS)
+def test_a_run_of_which_something_else_was_asked_is_not_resumed(change, message, tmp_path):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    asked = dict(task=TASK, objective="grpo", config=SMALL, seed=0, asked={"place": "a"})
+    how = dict(reward=count_ones, device="cpu", out=tmp_path, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_lm(model(), char_tokenizer(), **asked, **how, report=stop)
+    before, other = content(tmp_path), model()
+    with pytest.raises(ValueError, match=message):
+        train_lm(other, char_tokenizer(), **asked | change, **how, resume=True)
+    assert content(tmp_path) == before and torch.equal(weights(other), weights(model()))
+
+
+def test_what_changes_no_number_may_differ(tmp_path):
+    config = stopped(tmp_path)
+    again = run("dr-grpo", replace(config, checkpoint_every=1, micro_batch=2), out=tmp_path, resume=True)
+    assert len(again.log) == 4
+
+
+def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(tmp_path):
+    config = stopped(tmp_path)
+    wide = tiny_lm(char_tokenizer(), width=64, layers=2, heads=2, context=32)
+    said = "checkpoint-00000002 is damaged, or of another model$"
+    with pytest.raises(ValueError, match=said):
+        run("dr-grpo", config, out=tmp_path, resume=True, start=wide)
+    path = tmp_path / "checkpoint-00000002" / "pytorch_model.bin"
+    for data in b"", path.read_bytes()[:1000]:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=said):
+            run("dr-grpo", config, out=tmp_path, resume=True)
+    assert not (tmp_path / "run.lock").exists()
+
+
+@contextmanager
+def files_up_to(size):
+    "Longer files are refused, by the system itself."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 500, 20_000, 150_000])
+def test_a_disk_that_takes_no_more_is_said_and_the_last_checkpoint_stays(size, tmp_path):
+    "Whoever writes: torch does not say why it could not."
+    config = replace(SMALL, steps=4, checkpoint_every=2)
+    whole = run("dr-grpo", config)
+    limit = files_up_to(size)
+
+    def shrink(row):
+        if row["step"] == 3:
+            limit.__enter__()
+
+    with pytest.raises(OSError, match="File too large: '.*r/checkpoint-00000004") as failed:
+        try:
+            run("dr-grpo", config, out=tmp_path / "r", report=shrink)
+        finally:
+            limit.__exit__(None, None, None)
+    assert failed.value.errno == errno.EFBIG
+    assert failed.value.__notes__ == [f"stopped after 4 steps; its last checkpoint is in {tmp_path / 'r'}"]
+    left = {p.name for p in (tmp_path / "r").iterdir()}
+    assert left == {"checkpoint-00000002", "log.csv", "run.json"}
+    again = run("dr-grpo", config, out=tmp_path / "r", resume=True)
+    assert torch.equal(weights(again.model), weights(whole.model))
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_behind(tmp_path):
+    with files_up_to(100), pytest.raises(OSError, match="File too large: '.*r/run.json'"):
+        run(out=tmp_path / "r")
+    assert not list((tmp_path / "r").iterdir())
+    run(out=tmp_path / "r")
+
+
+def test_a_model_is_saved_whole_or_stays_as_it_was(tmp_path):
+    tokenizer = char_tokenizer()
+    save_lm(tmp_path / "lm", model(), tokenizer)
+    before = content(tmp_path)
+    for size in 100, 20_000:
+        with files_up_to(size), pytest.raises(OSError, match="File too large: '.*lm'"):
+            save_lm(tmp_path / "lm", model(seed=1), tokenizer)
+        assert content(tmp_path) == before
+    (tmp_path / "lm.part").mkdir()  # of a process that was killed
+    (tmp_path / "lm.part" / "half").touch()
+    save_lm(tmp_path / "lm", model(seed=1), tokenizer)
+    assert torch.equal(weights(load_lm(tmp_path / "lm")[0]), weights(model(seed=1)))
+    assert content(tmp_path).keys() == before.keys()
+
+
+def test_the_last_model_that_cannot_be_written_is_written_by_whoever_resumes(tmp_path, monkeypatch):
+    config, start = replace(SMALL, steps=2), model()
+    save = type(start).save_pretrained
+
+    def full(self, folder):
+        save(self, folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(start), "save_pretrained", full)
+        with pytest.raises(OSError, match="the disk is full, make room: '.*model'") as failed:
+            run(config=config, out=tmp_path, start=start)
+    assert "stopped after 2 steps; its last checkpoint" in failed.value.__notes__[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-00000002", "log.csv", "run.json"}
+    run(config=config, out=tmp_path, resume=True)
+    assert torch.equal(weights(load_lm(tmp_path / "model")[0]), weights(start))
+
+
 # Several processes
+
+REFUSED = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_train_lm as t
+try:
+    t.run(out={out!r})
+except ValueError as error:
+    # In one call, or the two would mix.
+    sys.stdout.write(f"refused: {{error}}\\n")
+"""
+
+
+def launched(script, text):
+    "What two processes say that run this."
+    script.write_text(text)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_all_processes_say_what_the_main_one_was_refused(tmp_path):
+    out, here = tmp_path / "r", str(Path(__file__).parent)
+    text = REFUSED.format(tests=here, out=str(out))
+    with lock_folder(out):
+        said = launched(tmp_path / "refused.py", text)
+        assert said.count(f"refused: {out}: another process is training in this") == 2
+        assert [p.name for p in out.iterdir()] == ["run.lock"]
+
 
 SHARED = """
 import os, sys, time, torch
@@ -417,17 +646,16 @@ torch.save(kept, {out!r} + "/" + str(kept["rank"]) + ".pt")
 
 @pytest.mark.parametrize("name", ["magistral", "rlhf-ppo"])
 def test_two_processes_take_the_step_of_one_on_both_batches(name, tmp_path):
-    script = tmp_path / "shared.py"
     here = str(Path(__file__).parent)
-    script.write_text(SHARED.format(tests=here, name=name, out=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    text = SHARED.format(tests=here, name=name, out=str(tmp_path))
+    launched(tmp_path / "shared.py", text)
     one, two = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))
     assert torch.equal(one["weights"], two["weights"])
     assert torch.equal(one["gradient"], two["gradient"])
     assert (tmp_path / "run" / "checkpoint-00000001" / "process-1.pt").exists()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoint-00000001", "log.csv", "model", "run.json"
+    ]  # fmt: skip
     assert not torch.equal(one["batch"]["ids"][:, :4], two["batch"]["ids"][:, :4])
 
     def widen(x, before, length):

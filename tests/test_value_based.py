@@ -59,6 +59,16 @@ def test_epsilon_outside_the_unit_interval_is_refused(epsilon):
         epsilon_greedy(torch.zeros(3), epsilon)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_epsilon_may_be_a_tensor_which_is_not_looked_at(dtype):
+    q, epsilon = normal(7, 3, 4, dtype=dtype), torch.tensor(0.25, dtype=torch.float32)
+    pi = epsilon_greedy(q, epsilon)
+    assert pi.dtype == dtype and torch.equal(pi, epsilon_greedy(q, 0.25))
+    assert torch.equal(epsilon_greedy(q, epsilon.fill_(0.0)), epsilon_greedy(q, 0.0))
+    # A tensor without data cannot be looked at.
+    assert epsilon_greedy(q.to("meta"), epsilon.to("meta")).shape == q.shape
+
+
 # The three rules
 
 
