@@ -125,7 +125,7 @@ class Meeting(_SmallTeam):
 # %% ../nbs/37a_team_env.ipynb #c585ec4f
 def _together(env: Any) -> Any:
     "A parallel environment, from one or from an AEC environment that can be one."
-    rule = "a PettingZoo environment, that names its possible_agents"
+    rule = "a PettingZoo environment that names its possible_agents"
     require(hasattr(env, "possible_agents"), "env", rule, type(env).__name__)
     if not hasattr(env, "agent_iter"):
         return env

@@ -164,7 +164,7 @@ class Turns(Script):
 
 
 REFUSED = {
-    "a PettingZoo environment that names its possible_agents, got CartPole": lambda: gym.make("CartPole-v1").unwrapped,
+    "a PettingZoo environment that names its possible_agents, got CartPoleEnv": lambda: gym.make("CartPole-v1").unwrapped,
     "env must be one whose agents can act at the same time .is_parallelizable., got turns": Turns,
     "observation space of a must be that of b": lambda: Script(
         observation_space=lambda agent: Box(0, 1 + (agent == "a"), (2,))),
