@@ -93,7 +93,7 @@ RECORDS = {
     }),
     "team_spread": Record("mpe2/simple_spread-v3", 8, {
         name.upper(): replace(
-            default_config(name, "mpe2/simple_spread-v3"), eval_every=15_000
+            default_config(name, "mpe2/simple_spread-v3"), eval_every=20_000
         )
         for name in ("ippo", "mappo", "happo")
     }),

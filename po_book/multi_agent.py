@@ -92,7 +92,8 @@ def _team_columns(env: VectorEnv) -> _Columns:
     "Raises: `ValueError` if `env` is no vector of teams."
     space, found, start = env.single_observation_space, {}, 0
     seen = space.get("observation") if isinstance(space, Dict) else None
-    fits = len(getattr(seen, "shape", ())) == 2
+    rows = getattr(seen, "shape", ())[:1]
+    fits = rows and rows == (env.single_action_space.shape or ())[:1]
     require(fits, "env", "a team, as TeamEnv makes one", space)
     for (name, *_), part in space_parts(space):
         found[name] = slice(start, start := start + flatdim(part))
@@ -169,7 +170,7 @@ def make_team_policy(
     Raises: `ValueError` if `env` is no vector of teams.
     """
     own, joint, mask = _team_columns(env)
-    agents = len(env.single_action_space.sample())
+    agents = env.single_action_space.shape[0]
 
     def networks(out: int, gain: float, central: bool) -> nn.Module:
         def make(inputs: int) -> nn.Module:
@@ -269,9 +270,9 @@ class HAPPOConfig(MAPPOConfig):
     def __post_init__(self):
         super().__post_init__()
         require(not self.share, "share of HAPPO", "False", self.share)
-        # The old values would be taken from advantages that carry the factor.
-        no = self.clip_value is None
-        require(no, "clip_value of HAPPO", "None", self.clip_value)
+        # Old values are returns minus advantages, and these carry the factor.
+        free = self.clip_value is None
+        require(free, "clip_value of HAPPO", "None", self.clip_value)
 
     def check_policy(self, policy: Policy, obs: Float[Tensor, "N D"]) -> None:
         "Raises: `ValueError` unless agents have weights of their own."
@@ -320,7 +321,7 @@ _MEETING = _AS_IT_IS | dict(
     total_steps=30_000, lr=3e-3, gamma=0.98, lam=0.9, n_steps=64, epochs=8
 )
 _SPREAD = _AS_IT_IS | dict(
-    total_steps=150_000, lr=2e-3, gamma=0.9, lam=0.9, n_steps=52, epochs=8,
+    total_steps=100_000, lr=2e-3, gamma=0.9, lam=0.9, n_steps=52, epochs=8,
     n_envs=32, minibatch=400,
 )
 for _method in "ippo", "mappo", "happo":

@@ -265,7 +265,9 @@ def test_factors_are_products_of_the_ratios_of_those_before(monkeypatch):
     assert sorted(order) == [0, 1, 2]
     factor = torch.ones(len(turns[0]["logp"]), 1)
     A = turns[0]["advantages"]
-    valid = rollout.valid.flatten()
+    values, returns, valid = turns[0]["returns"] - A, turns[0]["returns"], rollout.valid.flatten()
+    explained = 1 - (returns - values)[valid].var(correction=0) / returns[valid].var(correction=0)
+    torch.testing.assert_close(metrics["explained_variance"], explained)
     assert not valid.all()
     for agent, batch, logp in zip(order, turns, after):
         assert torch.equal(batch["mask"][:, agent], valid)
@@ -327,6 +329,21 @@ def test_settings_of_happo_that_make_no_sense(wrong, message):
 def test_an_environment_that_is_no_team_is_refused(name):
     with pytest.raises(ValueError, match="env must be a team, as TeamEnv makes one, got Box"):
         train(name, "CartPole-v1", progress=False)
+
+
+class Grid(gym.Env):
+    "One agent, whose observation is a table: no team."
+
+    observation_space = gym.spaces.Dict(observation=Box(0, 1, (2, 2)))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+
+def test_a_table_alone_makes_no_team():
+    with pytest.raises(ValueError, match="env must be a team, as TeamEnv makes one, got Dict"):
+        train("mappo", Grid, progress=False)
 
 
 def test_a_policy_that_is_not_of_a_team_is_refused():
