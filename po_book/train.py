@@ -357,7 +357,7 @@ def ppo_epochs(
         metrics["kl_coef"] = beta
     return metrics
 
-
+# %% ../nbs/35_train.ipynb #7b1f40a2
 def ppo_iteration(
     learner: Learner,
     config: PPOConfig,
