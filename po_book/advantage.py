@@ -172,12 +172,12 @@ def normalize(
     Raises: `ValueError` if x is no floating point tensor or mask no bool tensor of its
     shape, on eps < 0, if fewer than two entries count, if one of them is NaN (on CPU).
     """
-    real = torch.is_tensor(x) and x.is_floating_point()
-    require(real, "x", "a floating point tensor", describe(x))
-    flags = f"torch.bool {list(x.shape)}"
-    require(mask is None or describe(mask) == flags, "mask", flags, describe(mask))
+    if not torch.is_tensor(x) or not x.is_floating_point():
+        require(False, "x", "a floating point tensor", describe(x))
     check_at_least(0, eps=eps)
     if mask is not None:
+        flags = f"torch.bool {list(x.shape)}"
+        require(describe(mask) == flags, "mask", flags, describe(mask))
         away, std = _deviations(x, mask)
     else:
         _check_count(x.numel())

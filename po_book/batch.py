@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .advantage import gae
 from po_book.checks import (
     check_bool, check_in, check_like, check_positive, check_shape, check_steps,
-    check_whole,
+    check_whole, readable,
 )
 from .policies import Policy
 from .policy_gradient import backward_sum
@@ -26,7 +26,7 @@ def critic_batch(
 ) -> dict[str, Tensor]:
     """A rollout in one long row, with advantages and value targets.
 
-    `mask` is false where a row is no transition; it is left out where all are.
+    A row that is no transition is left out on a CPU; elsewhere there is a `mask`.
 
     `policy` must still be the one that sampled: its log-probabilities become the old.
     """
@@ -46,6 +46,8 @@ def critic_batch(
         "advantages": advantages,
         "returns": advantages + values,
     }
+    if not rollout.complete and readable(rollout.valid):
+        return {name: column[rollout.valid] for name, column in table.items()}
     if not rollout.complete:
         table["mask"] = each(rollout.valid)
     return {name: column.flatten(0, 1) for name, column in table.items()}
@@ -59,8 +61,9 @@ def minibatches(
     "The batch in a new random order, cut into nearly equal parts of at most `size`."
     rows = len(next(iter(batch.values())))
     order = torch.randperm(rows, generator=generator, device=generator.device)
-    parts = order.tensor_split(-(-rows // size))
-    return [{name: column[part] for name, column in batch.items()} for part in parts]
+    # All rows are moved at once; the parts are views.
+    parts = [column[order].tensor_split(-(-rows // size)) for column in batch.values()]
+    return [dict(zip(batch, part)) for part in zip(*parts)]
 
 # %% ../nbs/31a_batch.ipynb #ab070c57
 class RewardScale(nn.Module):

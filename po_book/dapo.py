@@ -15,7 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .checks import check_at_least, check_bool, check_like, check_shape
+from po_book.checks import (
+    check_at_least, check_bool, check_like, check_shape, check_whole, require
+)
 from .grpo import check_groups
 
 # %% ../nbs/47_dapo.ipynb #dd9c9232
@@ -61,9 +63,11 @@ def fill_groups(
     """The first `size` informative groups that `draw` gives, in their order.
 
     Raises: `NoSignal` if `max_draws` calls were not enough; `ValueError` if `size` or
-    `max_draws` is not positive, or if `draw` does not return what it was asked for.
+    `max_draws` is not whole and positive, or if `draw` does not return what it was
+    asked for.
     Source: Yu et al. 2025.
     """
+    check_whole(size=size, max_draws=max_draws)
     check_at_least(1, size=size, max_draws=max_draws)
     groups, kept, dead = [], [], []
     for draws in range(1, max_draws + 1):
@@ -127,12 +131,12 @@ def soft_overlong_penalty(
 ) -> Float[Tensor, "*shape"]:
     """Penalty {eq}`eq-dapo-overlong`, in [-1, 0], to be added to the reward.
 
-    Raises: `ValueError` unless 0 < `cache` < `max_len`.
+    Raises: `ValueError` unless 0 < `cache` < `max_len`, both whole.
     Source: Yu et al. 2025.
     """
-    if not 0 < cache < max_len:
-        got = f"cache {cache} and max_len {max_len}"
-        raise ValueError(f"cache must be positive and max_len above it, got {got}")
+    got = f"cache {cache} and max_len {max_len}"
+    require(0 < cache < max_len, "cache", "positive and max_len above it", got)
+    check_whole(cache=cache, max_len=max_len)
     return ((max_len - cache - lengths) / cache).clamp(-1, 0)
 
 # %% ../nbs/47_dapo.ipynb #ba90077b

@@ -17,9 +17,11 @@ from po_book.checks import (
     check_at_least,
     check_bool,
     check_finite,
+    check_in,
     check_known,
     check_like,
     check_shape,
+    check_whole,
     keep,
     require,
 )
@@ -63,7 +65,6 @@ def _standardised(
     rewards: Float[Tensor, "P G"], std: Tensor, eps: float
 ) -> Float[Tensor, "P G"]:
     "Centred rewards over `std` + `eps`; 0 stays 0, even over 0."
-    check_at_least(0, eps=eps)
     centred = _centred(rewards)
     return torch.where(centred == 0, 0, centred / (std + eps))
 
@@ -79,11 +80,12 @@ def group_advantages(
     rewards, "none" by nothing: the unit is then that of the rewards.
 
     Raises: `ValueError` unless the rewards are finite and come in groups of two or
-    more, on an unknown `scale`, and if `eps` is negative.
+    more, on an unknown `scale`, and if `eps` is negative or not finite.
     Source: Shao et al. 2024, section 4.1.2; Liu et al. 2025 for "none".
     """
     check_groups(rewards)
     check_known(("group", "batch", "none"), scale=scale)
+    check_in("[0, inf)", eps=eps)
     if scale == "none":
         return _centred(rewards)
     over = 1 if scale == "group" else (0, 1)
@@ -141,7 +143,7 @@ def token_weights(
     A row without tokens counts as a row. No tokens at all: zeros.
 
     Raises: `ValueError` if `mask` is not a bool matrix, on an unknown `how`, and on
-    "constant" without a positive `max_len`.
+    "constant" without a `max_len` that is whole and positive.
     Source: Shao et al. 2024; Yu et al. 2025 ("token"); Liu et al. 2025 ("constant").
     """
     check_bool(mask=mask)
@@ -154,6 +156,7 @@ def token_weights(
         return ones / mask.sum().clamp(min=1)
     positive = max_len is not None and max_len > 0
     require(positive, "max_len", "positive with constant", max_len)
+    check_whole(max_len=max_len)
     return ones / (len(mask) * max_len)
 
 # %% ../nbs/46_grpo.ipynb #c6a82ab7
@@ -226,9 +229,11 @@ def process_advantages(
     A token after the last step gets 0, and so do all if the group's steps are equal.
 
     Raises: `ValueError` if shapes differ, `group_size` is below two or does not divide
-    the rows, a step's reward is not finite, or `eps` is negative.
+    the rows, a step's reward is not finite, or `eps` is negative or not finite.
     Source: Shao et al. 2024, section 4.1.3.
     """
+    check_in("[0, inf)", eps=eps)
+    check_whole(group_size=group_size)
     check_bool(ends=ends)
     check_like("rewards", rewards, ends=ends)
     fits = group_size > 1 and len(rewards) % group_size == 0

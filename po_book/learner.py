@@ -58,9 +58,10 @@ class Learner:
 
     def step(self, loss: Float[Tensor, ""], max_grad_norm: float = inf) -> None:
         "One step that makes `loss` smaller; a longer gradient is scaled to the norm."
-        self.weights.grad.zero_()
+        grad = self.weights.grad.zero_()
         loss.backward()
-        nn.utils.clip_grad_norm_([self.weights], max_grad_norm)
+        length = torch.linalg.vector_norm(grad)
+        grad.mul_((max_grad_norm / (length + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
 
     def minimise(

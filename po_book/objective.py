@@ -8,29 +8,49 @@ __all__ = ['PRESETS', 'Returns', 'Critic', 'Group', 'LeaveOneOut', 'OneStep', 'R
 
 # %% ../nbs/48_objective.ipynb #51bf140a
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_origin
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .advantage import normalize
-from .checks import check_like, check_positive, keep, require
+from po_book.checks import (
+    check_in, check_known, check_like, check_positive, check_whole, keep, require
+)
 from .grpo import group_advantages, leave_one_out, per_token, token_weights
 from .kl import kl_estimate
 from po_book.ppo import (
-    approx_kl,
-    clipped_surrogate,
-    kl_penalty,
-    masked_mean,
-    outside_band,
-    ratio,
+    approx_kl, clipped_surrogate, kl_penalty, masked_mean, outside_band, ratio
 )
 from .rlhf import kl_rewards, token_gae
 
+# %% ../nbs/48_objective.ipynb #6f6b8f19
+class _Choice:
+    "Says itself in words; refuses a field that is no such name, flag or number."
+
+    limits: ClassVar[dict[str, str]] = {}  # the intervals of numbers
+    text: ClassVar[str] = ""  # the words, with the names of fields in braces
+
+    @property
+    def words(self) -> str:
+        "The choice in words."
+        return self.text.format(**vars(self))
+
+    def __post_init__(self):
+        "Raises: `ValueError` that names the field; None passes where it is a default."
+        for f in fields(self):
+            x = getattr(self, f.name)
+            if get_origin(f.type) is Literal:
+                check_known(get_args(f.type), **{f.name: x})
+            elif f.type is bool:
+                require(isinstance(x, bool), f.name, "True or False", repr(x))
+            elif x is not None or f.default is not None:
+                check_in(self.limits[f.name], **{f.name: x})
+
 # %% ../nbs/48_objective.ipynb #c3ed17f0
 @dataclass(frozen=True)
-class Returns:
+class Returns(_Choice):
     """The reward to come, without a baseline.
 
     Source: Williams 1992.
@@ -38,7 +58,8 @@ class Returns:
 
     gamma: float = 1.0  # discount
     critic: ClassVar[bool] = False
-    words: ClassVar[str] = "the return to come"
+    limits = {"gamma": "[0, 1]"}
+    text = "the return to come"
 
     def __call__(
         self,
@@ -56,7 +77,7 @@ class Returns:
 
 # %% ../nbs/48_objective.ipynb #39b9f80e
 @dataclass(frozen=True)
-class Critic:
+class Critic(_Choice):
     """Generalised advantage estimation with a learnt value of every state.
 
     Source: Schulman et al. 2016.
@@ -67,11 +88,8 @@ class Critic:
     value_coef: float = 0.5  # weight of the value loss
     normalize: bool = True   # to mean 0 and deviation 1 over the batch
     critic: ClassVar[bool] = True
-
-    @property
-    def words(self) -> str:
-        "The choice in words."
-        return f"GAE of a critic, γ = {self.gamma:g}, λ = {self.lam:g}"
+    limits = {"gamma": "[0, 1]", "lam": "[0, 1]", "value_coef": "[0, inf)"}
+    text = "GAE of a critic, γ = {gamma:g}, λ = {lam:g}"
 
     def __call__(
         self,
@@ -97,6 +115,7 @@ def _totals(
     group_size: int,                # adjacent rows of one prompt
 ) -> Float[Tensor, "P G"]:
     "What each response was paid, a row a prompt."
+    check_whole(group_size=group_size)
     check_positive(group_size=group_size)
     whole = len(rewards) % group_size == 0
     require(whole, "group_size", f"a divisor of the {len(rewards)} rows", group_size)
@@ -104,7 +123,7 @@ def _totals(
 
 # %% ../nbs/48_objective.ipynb #888f9f92
 @dataclass(frozen=True)
-class Group:
+class Group(_Choice):
     """The reward of a response relative to its group.
 
     Source: Shao et al. 2024; Liu et al. 2025 for "none", Yu et al. 2025 for
@@ -138,14 +157,14 @@ class Group:
 
 # %% ../nbs/48_objective.ipynb #c23c696d
 @dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(_Choice):
     """The reward of a response minus the mean of the others of its group.
 
     Source: Kool, van Hoof and Welling 2019; Ahmadian et al. 2024.
     """
 
     critic: ClassVar[bool] = False
-    words: ClassVar[str] = "reward minus the mean of the others"
+    text = "reward minus the mean of the others"
 
     def __call__(
         self,
@@ -163,7 +182,7 @@ class LeaveOneOut:
 
 # %% ../nbs/48_objective.ipynb #593a86af
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(_Choice):
     """No trust region: one gradient step, then fresh samples.
 
     The ratio is 1 and its derivative that of `logp`, which stands in its place.
@@ -171,7 +190,7 @@ class OneStep:
     Source: Williams 1992; Mnih et al. 2016.
     """
 
-    words: ClassVar[str] = "none, one step"
+    text = "none, one step"
 
     def __call__(
         self,
@@ -184,18 +203,15 @@ class OneStep:
 
 # %% ../nbs/48_objective.ipynb #e71d893f
 @dataclass(frozen=True)
-class Radius:
+class Radius(_Choice):
     """The divergence from the old policy stays within a radius; the step sees to it.
 
     Source: Schulman et al. 2015.
     """
 
     max_kl: float = 0.01  # $\delta_{KL}$, nats
-
-    @property
-    def words(self) -> str:
-        "The choice in words."
-        return f"mean KL from the old policy at most {self.max_kl:g}"
+    limits = {"max_kl": "(0, inf)"}
+    text = "mean KL from the old policy at most {max_kl:g}"
 
     def __call__(
         self,
@@ -211,18 +227,15 @@ class Radius:
 
 # %% ../nbs/48_objective.ipynb #4359dff1
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(_Choice):
     """The divergence from the old policy costs.
 
     Source: Schulman et al. 2017, equation 8.
     """
 
     beta: float = 1.0  # price of a nat
-
-    @property
-    def words(self) -> str:
-        "The choice in words."
-        return f"{self.beta:g} times the KL from the old policy subtracted"
+    limits = {"beta": "[0, inf)"}
+    text = "{beta:g} times the KL from the old policy subtracted"
 
     def __call__(
         self,
@@ -238,7 +251,7 @@ class Penalty:
 
 # %% ../nbs/48_objective.ipynb #a2eb5802
 @dataclass(frozen=True)
-class Clip:
+class Clip(_Choice):
     """No gain from leaving a band of the ratio.
 
     Source: Schulman et al. 2017, equation 7; Yu et al. 2025 for two bounds.
@@ -246,6 +259,7 @@ class Clip:
 
     low: float = 0.2           # $\epsilon_{low}$
     high: float | None = None  # $\epsilon_{high}$; None takes low
+    limits = {"low": "[0, 1)", "high": "[0, inf]"}
 
     @property
     def words(self) -> str:
@@ -267,17 +281,17 @@ class Clip:
 
 # %% ../nbs/48_objective.ipynb #e26dbdd0
 @dataclass(frozen=True)
-class NoReference:
+class NoReference(_Choice):
     "Nothing holds the policy back."
 
     reference: ClassVar[bool] = False
     in_reward: ClassVar[float] = 0.0
     in_loss: ClassVar[float] = 0.0
-    words: ClassVar[str] = "none"
+    text = "none"
 
 # %% ../nbs/48_objective.ipynb #52b84de6
 @dataclass(frozen=True)
-class InReward:
+class InReward(_Choice):
     """Every token pays for its log-ratio to the reference.
 
     Source: Ziegler et al. 2019; Ouyang et al. 2022.
@@ -286,20 +300,17 @@ class InReward:
     beta: float = 0.05  # price of a nat, in units of reward
     reference: ClassVar[bool] = True
     in_loss: ClassVar[float] = 0.0
+    limits = {"beta": "[0, inf)"}
+    text = "{beta:g} times the log-ratio off the reward of every token"
 
     @property
     def in_reward(self) -> float:
         "What a nat costs in the reward."
         return self.beta
 
-    @property
-    def words(self) -> str:
-        "The choice in words."
-        return f"{self.beta:g} times the log-ratio off the reward of every token"
-
 # %% ../nbs/48_objective.ipynb #1533b690
 @dataclass(frozen=True)
-class InLoss:
+class InLoss(_Choice):
     """An estimate of the divergence from the reference is part of the loss.
 
     Source: Shao et al. 2024.
@@ -309,20 +320,17 @@ class InLoss:
     kind: Literal["k1", "k2", "k3"] = "k3"
     reference: ClassVar[bool] = True
     in_reward: ClassVar[float] = 0.0
+    limits = {"beta": "[0, inf)"}
+    text = "{beta:g} times {kind} in the loss"
 
     @property
     def in_loss(self) -> float:
         "What a nat costs in the loss."
         return self.beta
 
-    @property
-    def words(self) -> str:
-        "The choice in words."
-        return f"{self.beta:g} times {self.kind} in the loss"
-
 # %% ../nbs/48_objective.ipynb #434c57b6
 @dataclass(frozen=True)
-class Aggregation:
+class Aggregation(_Choice):
     """What a token weighs.
 
     Source: Shao et al. 2024 ("sample"), Yu et al. 2025 ("token"), Liu et al. 2025
@@ -331,15 +339,21 @@ class Aggregation:
 
     how: Literal["sample", "token", "constant"] = "token"
     max_len: int | None = None  # divides with constant; None: the longest allowed
+    limits = {"max_len": "[1, inf)"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_len is not None:
+            check_whole(max_len=self.max_len)
 
     @property
     def words(self) -> str:
         "The choice in words."
-        if self.how == "constant":
-            over = "the longest length" if self.max_len is None else self.max_len
-            return "sum over tokens" + ("" if over == 1 else f" over {over}")
+        over = "the longest length" if self.max_len is None else self.max_len
         return {
-            "sample": "mean over responses of token means", "token": "mean over tokens"
+            "sample": "mean over responses of token means",
+            "token": "mean over tokens",
+            "constant": "sum over tokens" + ("" if over == 1 else f" over {over}"),
         }[self.how]
 
     def __call__(
@@ -362,6 +376,13 @@ class Objective:
     trust: OneStep | Radius | Penalty | Clip
     kl: NoReference | InReward | InLoss
     aggregation: Aggregation
+
+    def __post_init__(self):
+        "Raises: `ValueError` that names the choice that is not of its kind."
+        for f in fields(self):
+            part, kinds = getattr(self, f.name), get_args(f.type) or (f.type,)
+            rule = " or ".join(kind.__name__ for kind in kinds)
+            require(isinstance(part, kinds), f.name, rule, part)
 
     def rewards(
         self,
@@ -427,9 +448,8 @@ def objective_loss(
     check_like("logp", logp, **rows, weights=weights)
     if weights is None:
         weights = objective.aggregation(mask, logp.dtype)
-    logp, logp_old, advantages, logp_ref = keep(
-        mask, logp, logp_old, advantages, logp_ref
-    )
+    columns = logp, logp_old, advantages, logp_ref
+    logp, logp_old, advantages, logp_ref = keep(mask, *columns)
     loss = -(weights * objective(logp, logp_old, advantages, logp_ref)).sum()
     now = logp.detach()
     metrics = {"approx_kl": approx_kl(now, logp_old)}
@@ -443,6 +463,7 @@ def objective_loss(
 # %% ../nbs/48_objective.ipynb #f20228b7
 _SUM = Aggregation("constant", 1)  # of the tokens of a response; mean over responses
 _TOKENS = Aggregation("token")
+_INFORMATIVE = Group(informative_only=True)
 
 PRESETS: dict[str, Objective] = {
     "reinforce": Objective(Returns(), OneStep(), NoReference(), _SUM),
@@ -454,15 +475,11 @@ PRESETS: dict[str, Objective] = {
     "rloo": Objective(LeaveOneOut(), OneStep(), InReward(), _SUM),
     "grpo": Objective(Group(), Clip(), InLoss(), Aggregation("sample")),
     "dr-grpo": Objective(Group("none"), Clip(), NoReference(), Aggregation("constant")),
-    "dapo": Objective(
-        Group(informative_only=True), Clip(0.2, 0.28), NoReference(), _TOKENS
-    ),
+    "dapo": Objective(_INFORMATIVE, Clip(0.2, 0.28), NoReference(), _TOKENS),
     "magistral": Objective(
         Group("batch", informative_only=True), Clip(0.2, 0.28), NoReference(), _TOKENS
     ),
-    "prorl": Objective(
-        Group(informative_only=True), Clip(0.2, 0.4), InLoss(), _TOKENS
-    ),
+    "prorl": Objective(_INFORMATIVE, Clip(0.2, 0.4), InLoss(), _TOKENS),
 }
 
 # %% ../nbs/48_objective.ipynb #41bd51e9
@@ -472,10 +489,7 @@ def _change(a: object, b: object) -> str:
     return f"{before} → {after}"
 
 # %% ../nbs/48_objective.ipynb #e0b66c34
-def difference(
-    a: Objective,
-    b: Objective,
-) -> str:
+def difference(a: Objective, b: Objective) -> str:
     "What changes from `a` to `b`, in words."
     changes = [
         f"{f.name}: {_change(getattr(a, f.name), getattr(b, f.name))}"

@@ -200,7 +200,8 @@ def explained_variance(
 def _kept(mask: Tensor | None, **columns: Tensor | None) -> list[Tensor | None]:
     "The columns of a batch, checked, with zeros where a row does not count."
     logp = columns["logp"]
-    require(logp.numel(), "logp", "a batch with elements", f"shape {tuple(logp.shape)}")
+    if not logp.numel():
+        require(False, "logp", "a batch with elements", f"shape {tuple(logp.shape)}")
     check_like("logp", logp, **columns, mask=mask)
     check_detached(advantages=columns["advantages"])
     return list(keep(mask, *columns.values()))

@@ -21,10 +21,12 @@ from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
 from po_book.checks import (
+    check_at_least,
+    check_finite,
     check_in,
     check_like,
-    check_positive,
     check_shape,
+    check_whole,
     require,
 )
 from .language_model import pad_token_id
@@ -228,7 +230,8 @@ def fit_reward_model(
 ) -> list[float]:
     """Teach `model` these preferences; the loss {eq}`eq-rewards-loss` at each step.
 
-    Raises: `ValueError` if there are no pairs, or prompts and responses do not pair up.
+    Raises: `ValueError` if there are no pairs, if prompts and responses do not pair up,
+    and as `minimise` does.
     """
     sizes = [len(prompts), len(chosen), len(rejected)]
     paired = len(prompts) > 0 and len({*sizes}) == 1
@@ -266,11 +269,15 @@ def best_of_n(
     Exact for subsets of the N given, {eq}`eq-rewards-best`; of equal proxies the later
     response wins.
 
-    Raises: `ValueError` if the shapes differ or `n` is not in 1 to N.
+    Raises: `ValueError` if the shapes differ, there are no rows or rewards that are not
+    finite, or `n` is not a whole number in 1 to N.
     """
     check_shape("PN", proxy=proxy)
     check_like("proxy", proxy, truth=truth)
-    count = proxy.shape[1]
+    check_finite(proxy=proxy, truth=truth)
+    prompts, count = proxy.shape
+    check_at_least(1, **{"rows of proxy": prompts})
+    check_whole(n=n)
     check_in(f"[1, {count}]", n=n)
     weights = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
     weights = torch.tensor(weights, dtype=torch.float64)
@@ -283,7 +290,11 @@ def prefixes(
     completion: str,
     separator: str = ",",  # between steps
 ) -> list[str]:
-    "The completion up to the end of each of its steps."
+    """The completion up to the end of each of its steps.
+
+    Raises: `ValueError` if `separator` is empty.
+    """
+    require(separator, "separator", "a text that is not empty", repr(separator))
     steps = completion.split(separator)
     return [separator.join(steps[: i + 1]) for i in range(len(steps))]
 
@@ -298,8 +309,8 @@ def step_scores(
 ) -> list[list[float]]:
     """Score of every prefix that ends a step, a list a row.
 
-    Raises: `ValueError` as `compute_rewards` does, and if `reward` is silent about a
-    prefix.
+    Raises: `ValueError` as `compute_rewards` and `prefixes` do, and if `reward` is
+    silent about a prefix.
     """
     cut = [prefixes(completion, separator) for completion in completions]
     data = {"prompts": prompts, **columns}
@@ -318,11 +329,13 @@ def potential_rewards(
 ) -> Float[Tensor, "T"]:
     """Rewards {eq}`eq-rewards-potential` of the actions of one response.
 
-    Raises: `ValueError` if there are no potentials.
+    Raises: `ValueError` if there are no potentials, or a number is not finite.
     Source: Ng, Harada and Russell 1999.
     """
     check_shape("T", potentials=potentials)
     require(len(potentials) > 0, "potentials", "one an action", "none")
+    check_finite(potentials=potentials)
+    require(math.isfinite(outcome), "outcome", "finite", outcome)
     return torch.cat([potentials, potentials.new_tensor([outcome])]).diff()
 
 # %% ../nbs/43_rewards.ipynb #753ab1f7
@@ -340,12 +353,13 @@ def judge(
 
     `None` where the answer has no number, or one that is not a mark.
 
-    Raises: `ValueError` if `question` lacks a field or `top` is not positive.
+    Raises: `ValueError` if `question` lacks a field, or `top` is not positive and
+    finite.
     """
     complete = "{prompt}" in question and "{completion}" in question
     rule = "a text with {prompt} and {completion}"
     require(complete, "question", rule, repr(question))
-    check_positive(top=top)
+    check_in("(0, inf)", top=top)
 
     def judged(prompts, completions, **columns) -> list[float | None]:
         rows = zip(prompts, completions)

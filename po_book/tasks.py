@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .checks import check_bool, check_in, check_shape, require
+from po_book.checks import (
+    check_at_least, check_bool, check_in, check_shape, check_whole, require
+)
 from po_book.language_model import (
     Sequences,
     check_fit,
@@ -47,6 +49,8 @@ def is_held_out(
 class Task(ABC):
     "Problems made from a seed, and a rule that verifies responses."
 
+    remedy = "make it harder"  # where there are too few problems
+
     @abstractmethod
     def draw(self, rng: random.Random) -> str:
         "One prompt."
@@ -66,8 +70,11 @@ class Task(ABC):
     def prompts(self, n: int, seed: int = 0, held_out: bool = False) -> list[str]:
         """`n` problems, all from the part for training or all from the other.
 
-        Raises: `ValueError` if the task has too few problems for that part.
+        Raises: `ValueError` if `n` is negative or not whole, or the task has too few
+        problems for that part.
         """
+        check_whole(n=n)
+        check_at_least(0, n=n)
         rng, found = random.Random(seed), []
         for _ in range(1000 + 100 * n):
             if len(found) == n:
@@ -76,13 +83,15 @@ class Task(ABC):
             if is_held_out(prompt) == held_out:
                 found.append(prompt)
         part = "held-out" if held_out else "training"
-        raise ValueError(f"{self} has too few {part} problems: make it harder")
+        raise ValueError(f"{self} has too few {part} problems: {self.remedy}")
 
 # %% ../nbs/42_tasks.ipynb #d8f05879
-def _check_range(name: str, low: int, high: int, least: int, most: int) -> None:
-    "Refuse bounds outside of `least` and `most`, or in the wrong order."
-    rule = f"in order and between {least} and {most}"
-    require(least <= low <= high <= most, name, rule, f"{low} and {high}")
+def _check_range(fewest: int, most: int, low: int, high: int) -> None:
+    "Refuse numbers of terms outside of `low` and `high`, or in the wrong order."
+    check_whole(fewest=fewest, most=most)
+    rule = f"in order and between {low} and {high}"
+    right = low <= fewest <= most <= high
+    require(right, "fewest and most", rule, f"{fewest} and {most}")
 
 # %% ../nbs/42_tasks.ipynb #076ee7c4
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class ChainAddition(Task):
     most: int = 5
 
     def __post_init__(self):
-        _check_range("fewest and most", self.fewest, self.most, 2, 100)
+        _check_range(self.fewest, self.most, 2, 100)
 
     def draw(self, rng: random.Random) -> str:
         terms = rng.choices("123456789", k=rng.randint(self.fewest, self.most))
@@ -142,7 +151,7 @@ class Countdown(Task):
     most: int = 3
 
     def __post_init__(self):
-        _check_range("fewest and most", self.fewest, self.most, 2, 5)
+        _check_range(self.fewest, self.most, 2, 5)
 
     @staticmethod
     def _read(prompt: str) -> tuple[list[int], int]:
@@ -170,27 +179,36 @@ class Countdown(Task):
         return pool == [target]
 
 # %% ../nbs/42_tasks.ipynb #44acc5d3
-def _number(text: str) -> float | str:
-    "Its value, or the text itself if it has none."
-    try:
-        return float(text.replace(",", "").rstrip("."))
-    except ValueError:
-        return text
+def _number(text: str) -> float:
+    "Its value. Raises: `ValueError` if it has none."
+    return float(text.replace(",", "").rstrip("."))
+
+
+def _problem(line: str) -> tuple[str, str]:
+    "Prompt and answer. Raises: `ValueError` and others if there are none."
+    record = json.loads(line)
+    prompt, answer = record["prompt"], str(record["answer"])
+    require(isinstance(prompt, str) and prompt, "prompt", "a text", repr(prompt))
+    require(math.isfinite(_number(answer)), "answer", "finite", answer)
+    return prompt, answer
 
 # %% ../nbs/42_tasks.ipynb #74233197
 #| code-fold: true
 class WordProblems(Task):
     "Problems from a file: lines of JSON with a `prompt` and an `answer`."
 
+    remedy = "add some to the file"
+
     def __init__(self, path: Path | str):
-        "Raises: `ValueError` on a line without both, two answers, or no line at all."
+        """Raises: `ValueError` on a line without a text and a number, on two answers to
+        one prompt, and if there is no line at all.
+        """
         self.path, self.answers = Path(path), {}
         for i, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                record = json.loads(line)
-                prompt, answer = record["prompt"], str(record["answer"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                want = 'must be a JSON object with "prompt" and "answer"'
+                prompt, answer = _problem(line)
+            except (ValueError, KeyError, TypeError) as error:
+                want = 'must be a JSON object with a text "prompt", a number "answer"'
                 raise ValueError(f"{path}, line {i} {want}: {error!r}") from error
             if self.answers.setdefault(prompt, answer) != answer:
                 raise ValueError(f"{path}, line {i}: this prompt had another answer")
@@ -227,7 +245,15 @@ def minimise(
     max_grad_norm: float = math.inf,  # longest gradient
     generator: torch.Generator | None = None,  # of the order of the examples
 ) -> list[float]:
-    "Change `parameters` so that `loss` falls; the loss at each step."
+    """Change `parameters` so that `loss` falls; the loss at each step.
+
+    Raises: `ValueError` if a number of something, or the rate, makes no sense.
+    """
+    check_whole(examples=examples, steps=steps, batch_size=batch_size)
+    check_at_least(0, steps=steps)
+    check_at_least(1, examples=examples, batch_size=batch_size)
+    check_in("(0, inf)", lr=lr)
+    check_in("(0, inf]", max_grad_norm=max_grad_norm)
     parameters, losses = list(parameters), []
     optimizer = torch.optim.AdamW(parameters, lr)
     for step in range(steps):
@@ -256,9 +282,10 @@ def sft(
 ) -> list[float]:
     """Teach `model` to answer; the loss {eq}`eq-lm-sft` at each step.
 
-    Raises: `ValueError` if prompts and completions do not pair up or do not fit into
-    the model's context.
+    Raises: `ValueError` without prompts, if they and the completions do not pair up or
+    do not fit into the model's context, and as `minimise` does.
     """
+    require(len(prompts) > 0, "prompts", "at least one", "none")
     pad = pad_token_id(tokenizer)
     answers = tokenizer(completions, add_special_tokens=False).input_ids
     answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
@@ -293,7 +320,14 @@ def success_rate(
     generator: torch.Generator | None = None,
     samples: int = 1,  # completions $k$ of each prompt
 ) -> float:
-    "Share of sampled completions that answer their prompt: with several, avg@$k$."
+    """Share of sampled completions that answer their prompt: with several, avg@$k$.
+
+    Raises: `ValueError` without prompts, if a number of something makes no sense, and
+    as `sample` does.
+    """
+    require(len(prompts) > 0, "prompts", "at least one", "none")
+    check_whole(samples=samples, max_new_tokens=max_new_tokens)
+    check_at_least(1, samples=samples, max_new_tokens=max_new_tokens)
     drawn = sample(
         model, tokenizer, prompts, samples, max_new_tokens, generator=generator
     )
@@ -307,12 +341,15 @@ def pass_at_k(
 ) -> float:
     """Share of problems that one of `k` responses solves, {eq}`eq-lm-pass`.
 
-    Raises: `ValueError` if `right` is not a table of verdicts, or `k` is not in 1 to N.
+    Raises: `ValueError` if `right` is not a table of verdicts or has no rows, or `k` is
+    not a whole number in 1 to N.
     Source: Chen et al. 2021.
     """
     check_shape("PN", right=right)
     check_bool(right=right)
-    n = right.shape[1]
+    problems, n = right.shape
+    check_at_least(1, **{"rows of right": problems})
+    check_whole(k=k)
     check_in(f"[1, {n}]", k=k)
     failures = [math.comb(n - c, k) / math.comb(n, k) for c in right.sum(1).tolist()]
-    return 1 - sum(failures) / len(failures)
+    return 1 - sum(failures) / problems

@@ -70,7 +70,7 @@ class CriticConfig(Config):
 
     total_steps: int = 200_000
     lr: float = 1e-3
-    n_steps: int = 128          # steps of every environment an iteration
+    n_steps: int = 64           # steps of every environment an iteration
     lam: float = 0.95           # decay of GAE
     max_grad_norm: float = 0.5  # longest gradient, Euclidean norm
     anneal: bool = True  # let the learning rate (and PPO's clip range) fall to zero
@@ -161,7 +161,7 @@ class EpochsConfig(CriticConfig):
     "Settings that methods with epochs share."
 
     epochs: int = 10      # passes over the rollout
-    minibatch: int = 256  # transitions a gradient step
+    minibatch: int = 128  # transitions a gradient step
 
     def __post_init__(self):
         super().__post_init__()
@@ -383,7 +383,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 #| code-fold: true
 _AS_IT_IS = dict(normalize_obs=False, normalize_rewards=False)  # of unit size already
 _FAST = _AS_IT_IS | dict(
-    total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, n_steps=64, epochs=8
+    total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, epochs=8, minibatch=256
 )
 _CARTPOLE = {
     "a2c": _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32),

@@ -2,6 +2,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+
+import po_book.batch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import NormalizeReward
 
@@ -20,14 +22,14 @@ def test_the_batch_is_the_valid_rows_of_the_table():
     rollout = collect(policy, stepper, 60, generator())
     batch = critic_batch(policy, rollout, 0.9, 0.8)
     assert not rollout.valid.all()
-    assert torch.equal(batch["mask"], rollout.valid.flatten())
+    assert len(batch["logp"]) == rollout.valid.sum() and "mask" not in batch
     logp, _ = policy.evaluate(batch["obs"], batch["actions"])
     torch.testing.assert_close(batch["logp"], logp.detach())
     values = policy.value(batch["obs"]).detach()
     torch.testing.assert_close(batch["returns"], batch["advantages"] + values)
     # By hand, for the last transition of an episode that ended by itself.
     t, n = rollout.terminated.nonzero()[0].tolist()
-    index = 4 * t + n
+    index = int(rollout.valid[:t].sum() + rollout.valid[t, :n].sum())
     value = policy.value(rollout.obs[t, n]).detach()
     torch.testing.assert_close(batch["advantages"][index], 1.0 - value)
 
@@ -125,8 +127,21 @@ def test_what_follows_a_truncation_has_a_value():
     batch, valid = critic_batch(policy, rollout, 0.9, 0.0), rollout.valid
     assert rollout.truncated.sum() > 5
     value, following = (policy.value(x).detach() for x in (rollout.obs, rollout.next_obs))
-    deltas = rollout.rewards + 0.9 * following - value
-    torch.testing.assert_close(batch["advantages"][valid.flatten()], deltas[valid])
+    torch.testing.assert_close(batch["advantages"], (rollout.rewards + 0.9 * following - value)[valid])
+
+
+def test_where_rows_cannot_be_counted_they_are_masked(monkeypatch):
+    "As on a GPU: the shape is that of the table, and what counts is what would be kept."
+    stepper = make_stepper("CartPole-v1", 4, seed=0)
+    policy = make_policy(stepper.env, generator=generator())
+    rollout = collect(policy, stepper, 60, generator())
+    kept = critic_batch(policy, rollout, 0.9, 0.8)
+    monkeypatch.setattr(po_book.batch, "readable", lambda x: False)
+    masked = critic_batch(policy, rollout, 0.9, 0.8)
+    mask = masked.pop("mask")
+    assert torch.equal(mask, rollout.valid.flatten()) and not mask.all()
+    assert kept.keys() == masked.keys()
+    assert all(torch.equal(masked[name][mask], kept[name]) for name in kept)
 
 
 def test_where_every_row_is_a_transition_there_is_no_mask():

@@ -90,7 +90,7 @@ def test_presets_of_two_kinds_have_different_names():
 def settings(algorithm: str) -> list:
     "Everything that has fields which are flags."
     if algorithm in ALGORITHMS:
-        return [default_config(algorithm, "CartPole-v1")]
+        return [default_config(algorithm, "")]
     return [default_lm_config(algorithm), *vars(PRESETS[algorithm]).values()]
 
 
@@ -107,6 +107,14 @@ def test_every_field_is_a_flag_with_its_comment_and_default(algorithm, capsys):
         value = getattr(config, f.name)
         said = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         assert entry[1] == said
+
+
+@pytest.mark.parametrize("env, rate", [("CartPole-v1", "0.003"), ("MountainCar-v0", "0.001")])
+def test_help_shows_the_settings_of_the_environment(env, rate, capsys):
+    assert run(f"train ppo --env {env} --help") == 0
+    text = words(capsys.readouterr().out)
+    assert re.search(rf"--lr [^-]*\(default: {rate}\)", text)
+    assert default_config("ppo", env).lr == float(rate)
 
 
 def test_an_option_of_train_is_explained_too(capsys):

@@ -179,6 +179,9 @@ def test_no_signal_is_no_value_error():
 def test_counts_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         fill_groups(**{"draw": Stream(torch.zeros(9, 2)), "size": 2, name: 0})
+    for x in 2.5, math.nan, math.inf, None:
+        with pytest.raises(ValueError, match=f"{name} must be a whole number, got {x}"):
+            fill_groups(**{"draw": Stream(torch.zeros(9, 2)), "size": 2, name: x})
 
 
 @pytest.mark.parametrize("groups, rows", [(3, 2), (2, 3), (0, 0)])
@@ -292,6 +295,11 @@ def test_a_cache_must_fit_below_the_limit(cache):
     match = f"cache must be positive and max_len above it, got cache {cache} and max_len 8"
     with pytest.raises(ValueError, match=match):
         soft_overlong_penalty(torch.tensor([1]), 8, cache)
+    for name in "cache", "max_len":
+        with pytest.raises(ValueError, match=f"{name} must be a whole number, got 4.5"):
+            soft_overlong_penalty(torch.tensor([1]), **{"max_len": 8, "cache": 4, name: 4.5})
+    with pytest.raises(ValueError, match="cache must be positive .*, got cache 4 and max_len nan"):
+        soft_overlong_penalty(torch.tensor([1]), math.nan, 4)
 
 
 def test_penalty_is_that_of_trl():

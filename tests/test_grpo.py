@@ -174,9 +174,10 @@ def test_rewards_that_are_no_groups_of_numbers_are_refused(function, rewards, ma
 def test_unknown_scale_and_negative_eps_are_refused():
     with pytest.raises(ValueError, match="scale must be one of group, batch, none, got"):
         group_advantages(torch.zeros(1, 2), "std")
-    for eps in -1e-6, math.nan:
-        with pytest.raises(ValueError, match="eps must be at least 0, got"):
-            group_advantages(torch.zeros(1, 2), eps=eps)
+    for eps in -1e-6, math.nan, math.inf:
+        for scale in "group", "batch", "none":
+            with pytest.raises(ValueError, match=rf"eps must be in \[0, inf\), got {eps}"):
+                group_advantages(torch.zeros(1, 2), scale, eps=eps)
 
 
 # Advantages of steps
@@ -236,8 +237,11 @@ def test_bad_steps_are_refused():
         process_advantages(rewards, ends.long(), 2)
     with pytest.raises(ValueError, match="rewards must be finite, got nan"):
         process_advantages(rewards / 0, ends, 2)
-    with pytest.raises(ValueError, match="eps must be at least 0"):
-        process_advantages(rewards, ends, 2, eps=-1.0)
+    for eps in -1.0, math.nan, math.inf:
+        with pytest.raises(ValueError, match=rf"eps must be in \[0, inf\), got {eps}"):
+            process_advantages(rewards, ends, 2, eps=eps)
+    with pytest.raises(ValueError, match="group_size must be a whole number, got 2.0"):
+        process_advantages(rewards, ends, 2.0)
 
 
 # Weights of tokens
@@ -299,6 +303,9 @@ def test_masked_entries_reach_neither_the_sum_nor_its_gradient(how, max_len):
         (lambda m: token_weights(m, "mean"), "how to aggregate must be one of sample, token"),
         (lambda m: token_weights(m, "constant"), "max_len must be positive .* got None"),
         (lambda m: token_weights(m, "constant", 0), "max_len must be positive .* got 0"),
+        (lambda m: token_weights(m, "constant", math.nan), "max_len must be positive .* got nan"),
+        (lambda m: token_weights(m, "constant", 2.5), "max_len must be a whole number, got 2.5"),
+        (lambda m: token_weights(m, "constant", math.inf), "max_len must be a whole number, got inf"),
         (lambda m: token_weights(m.long()), "mask must be a bool tensor, got torch.int64"),
         (lambda m: token_weights(m[0]), r"mask must have shape \(N, L\), got \(3,\)"),
         (lambda m: aggregate(torch.zeros(2, 4), m), "mask must have x's shape"),

@@ -1,5 +1,6 @@
 "One objective: every preset is its chapter's own loss, in value and in gradient."
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from po_book.objective import (
     InReward,
     LeaveOneOut,
     NoReference,
+    Objective,
     OneStep,
     Penalty,
     Radius,
@@ -255,6 +257,76 @@ def test_bad_input(data):
 
 # Words, and what is refused
 
+CHOICES = (Returns, Critic, Group, LeaveOneOut, OneStep, Radius, Penalty, Clip, NoReference,
+           InReward, InLoss, Aggregation)
+BAD = {
+    Returns: {"gamma": (-0.1, 1.1)},
+    Critic: {"gamma": (-0.1, 2), "lam": (-0.1, 1.1), "value_coef": (-1, math.inf), "normalize": ("no", 1)},
+    Group: {"scale": ("x", None), "informative_only": ("no", None)},
+    Radius: {"max_kl": (0, -1, math.inf)},
+    Penalty: {"beta": (-1, math.inf)},
+    Clip: {"low": (-1, 1), "high": (-0.1,)},
+    InReward: {"beta": (-1, math.inf)},
+    InLoss: {"beta": (-1, math.inf), "kind": ("k9", None)},
+    Aggregation: {"how": ("x", None), "max_len": (0, -3, 2.5, math.inf)},
+}
+IMPOSSIBLE = [
+    (choice, f.name, x)
+    for choice in CHOICES
+    for f in fields(choice)
+    for x in (*BAD[choice][f.name], math.nan)
+]
+
+
+@pytest.mark.parametrize("choice, field, x", IMPOSSIBLE, ids=str)
+def test_a_choice_refuses_by_name_a_field_that_makes_no_sense(choice, field, x):
+    with pytest.raises(ValueError, match=f"^{field} must be .*, got '?{x}'?$"):
+        choice(**{field: x})
+    with pytest.raises(ValueError, match=f"^{field} must be"):
+        replace(choice(), **{field: x})
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [Returns(0), Critic(0, 1, 0), Radius(9.0), Penalty(0), Clip(0, 0), Clip(0.9, math.inf), InReward(0),
+     InLoss(0, "k1"), Aggregation("sample", 1)],
+    ids=str,
+)
+def test_a_choice_may_be_at_the_end_of_an_interval(choice):
+    assert replace(choice) == choice and "{" not in choice.words
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_can_be_made_again(name):
+    parts = {f.name: getattr(PRESETS[name], f.name) for f in fields(Objective)}
+    again = {key: type(part)(**vars(part)) for key, part in parts.items()}
+    assert Objective(**again) == PRESETS[name]
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Objective)])
+def test_an_objective_refuses_what_is_no_such_choice(name):
+    ppo = PRESETS["ppo"]
+    other = ppo.trust if name == "advantage" else ppo.advantage
+    for part in other, type(getattr(ppo, name)), name, None:
+        with pytest.raises(ValueError, match=f"^{name} must be .*{type(getattr(ppo, name)).__name__}"):
+            replace(ppo, **{name: part})
+
+
+def test_the_words_of_every_choice():
+    assert {x.words for x in (Critic(0.5, 0), Radius(0.02), Penalty(3), InReward(0.1), InLoss(2, "k1"))} == {
+        "GAE of a critic, γ = 0.5, λ = 0",
+        "mean KL from the old policy at most 0.02",
+        "3 times the KL from the old policy subtracted",
+        "0.1 times the log-ratio off the reward of every token",
+        "2 times k1 in the loss",
+    }
+    assert [x.words for x in (Returns(), LeaveOneOut(), OneStep(), NoReference())] == [
+        "the return to come", "reward minus the mean of the others", "none, one step", "none"
+    ]
+    assert [Aggregation("constant", n).words for n in (None, 1, 7)] == [
+        "sum over tokens over the longest length", "sum over tokens", "sum over tokens over 7"
+    ]
+
 
 def test_equal_words_for_different_choices_are_spelled_out():
     changed = replace(PRESETS["ppo"], advantage=Critic(0.99, normalize=False))
@@ -300,6 +372,8 @@ def test_advantages_say_what_they_miss(data):
             choice(torch.zeros(N, L), mask, 3)
         with pytest.raises(ValueError, match="group_size must be positive, got 0"):
             choice(torch.zeros(N, L), mask, 0)
+        with pytest.raises(ValueError, match="group_size must be a whole number, got 4.0"):
+            choice(torch.zeros(N, L), mask, 4.0)
     with pytest.raises(ValueError, match="values must be given with a critic, got None"):
         Critic()(torch.zeros(N, L), mask, G, None)
     with pytest.raises(ValueError, match="logp_ref must be given for InReward"):

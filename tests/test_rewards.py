@@ -268,6 +268,18 @@ def test_n_must_be_within_the_responses(n):
         best_of_n(noise(0, 1, 5), noise(1, 1, 5), n)
 
 
+def test_the_best_is_one_of_finite_numbers():
+    good, bad = noise(0, 2, 5), noise(0, 2, 5).index_fill(1, torch.tensor(3), math.nan)
+    with pytest.raises(ValueError, match="proxy must be finite, got nan"):
+        best_of_n(bad, good, 2)
+    with pytest.raises(ValueError, match="truth must be finite, got nan"):
+        best_of_n(good, bad, 2)
+    with pytest.raises(ValueError, match="n must be a whole number, got 1.5"):
+        best_of_n(good, good, 1.5)
+    with pytest.raises(ValueError, match="rows of proxy must be at least 1, got 0"):
+        best_of_n(good[:0], good[:0], 2)
+
+
 def test_proxy_and_truth_must_have_one_shape():
     with pytest.raises(ValueError, match=r"truth must have proxy's shape \(1, 5\), got \(1, 4\)"):
         best_of_n(noise(0, 1, 5), noise(1, 1, 4), 2)
@@ -279,6 +291,8 @@ def test_proxy_and_truth_must_have_one_shape():
 def test_prefixes_end_where_steps_end():
     assert prefixes("11,16,18") == ["11", "11,16", "11,16,18"]
     assert prefixes("") == [""]
+    with pytest.raises(ValueError, match="separator must be a text that is not empty, got ''"):
+        prefixes("1,2", "")
 
 
 def test_step_scores_are_those_of_prefixes_with_their_columns():
@@ -316,6 +330,14 @@ def test_potentials_must_be_a_row(potentials):
         potential_rewards(potentials, 1.0)
 
 
+@pytest.mark.parametrize("x", [math.nan, math.inf])
+def test_potentials_and_outcome_are_numbers(x):
+    with pytest.raises(ValueError, match=f"potentials must be finite, got {x}"):
+        potential_rewards(torch.tensor([0.0, x]), 1.0)
+    with pytest.raises(ValueError, match=f"outcome must be finite, got {x}"):
+        potential_rewards(torch.zeros(2), x)
+
+
 # A judge
 
 
@@ -343,7 +365,7 @@ def test_a_question_needs_both_fields():
         judge(str, "{prompt}?")
 
 
-@pytest.mark.parametrize("top", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("top", [0.0, -1.0, math.nan, math.inf])
 def test_the_best_mark_is_positive(top):
-    with pytest.raises(ValueError, match="top must be positive"):
+    with pytest.raises(ValueError, match=rf"top must be in \(0, inf\), got {top}"):
         judge(str, top=top)

@@ -9,6 +9,7 @@ from po_book.language_model import tiny_lm
 from po_book.tasks import (
     ChainAddition,
     Countdown,
+    WordProblems,
     is_held_out,
     minimise,
     pass_at_k,
@@ -92,6 +93,93 @@ def test_impossible_tasks_are_refused():
         Few().prompts(1, held_out=not is_held_out("1+1="))
 
 
+@pytest.mark.parametrize("task", [ChainAddition, Countdown])
+@pytest.mark.parametrize("name", ["fewest", "most"])
+@pytest.mark.parametrize("x", [2.5, 3.0, math.nan, math.inf, True, None, "3"])
+def test_numbers_of_terms_are_whole(task, name, x):
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number, got {x}$"):
+        task(**{name: x})
+
+
+@pytest.mark.parametrize(
+    "make, bounds", [(lambda *x: ChainAddition(*x), "2 and 100"), (lambda *x: Countdown(*x), "2 and 5")]
+)
+def test_numbers_of_terms_are_bounded(make, bounds):
+    low, high = map(int, bounds.split(" and "))
+    assert make(low, low).most == low and make(high, high).fewest == high
+    for bad in (low - 1, low), (low, high + 1), (high, low):
+        with pytest.raises(ValueError, match=f"between {bounds}, got {bad[0]} and {bad[1]}"):
+            make(*bad)
+
+
+@pytest.mark.parametrize("n, rule", [(2.5, "a whole number"), (-1, "at least 0"), (math.nan, "a whole number")])
+def test_a_number_of_problems_is_whole(n, rule):
+    with pytest.raises(ValueError, match=f"^n must be {rule}, got {n}$"):
+        ChainAddition().prompts(n)
+    assert ChainAddition().prompts(0) == []
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, told",
+    [('"a"', '"twelve"', "twelve"), ('"a"', "NaN", "answer must be finite, got nan"), ('"a"', "true", "True"),
+     ('"a"', "[3]", "3"), ('"a"', "null", "None"), ("7", "3", "prompt must be a text, got 7"),
+     ("[1]", "3", r"prompt must be a text, got \[1\]"), ('""', "3", "prompt must be a text, got ''")],
+)
+def test_a_problem_is_a_text_and_a_number(tmp_path, prompt, answer, told):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"prompt": "b", "answer": "1,200."}}\n{{"prompt": {prompt}, "answer": {answer}}}\n')
+    want = 'line 2 must be a JSON object with a text "prompt", a number "answer": '
+    with pytest.raises(ValueError, match=want + f".*{told}"):
+        WordProblems(path)
+
+
+def test_a_file_of_problems_need_not_be_made_harder(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "1+1=", "answer": 2}\n')
+    part = {True: "training", False: "held-out"}[is_held_out("1+1=")]
+    with pytest.raises(ValueError, match=f"too few {part} problems: add some to the file$"):
+        WordProblems(path).prompts(1, held_out=part == "held-out")
+    with pytest.raises(ValueError, match="too few .* problems: make it harder$"):
+        Few().prompts(1, held_out=part == "held-out")
+    assert not WordProblems(path).verify("1+1=", "9" * 400)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        (dict(examples=0), "examples must be at least 1, got 0"),
+        (dict(steps=-1), "steps must be at least 0, got -1"),
+        (dict(steps=2.5), "steps must be a whole number, got 2.5"),
+        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(batch_size=1.5), "batch_size must be a whole number, got 1.5"),
+        (dict(lr=0), r"lr must be in \(0, inf\), got 0"),
+        (dict(lr=math.nan), r"lr must be in \(0, inf\), got nan"),
+        (dict(lr=math.inf), r"lr must be in \(0, inf\), got inf"),
+        (dict(max_grad_norm=0), r"max_grad_norm must be in \(0, inf\], got 0"),
+        (dict(max_grad_norm=math.nan), r"max_grad_norm must be in \(0, inf\], got nan"),
+    ],
+)
+def test_settings_of_the_loop_are_refused_by_name(settings, told):
+    weights = torch.nn.Parameter(torch.ones(3))
+    usual = dict(examples=2, steps=1, batch_size=2, lr=0.1)
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        minimise(lambda rows: weights.sum(), [weights], **(usual | settings))
+    assert torch.equal(weights, torch.ones(3))
+    assert minimise(lambda rows: weights.sum(), [weights], **(usual | dict(steps=0))) == []
+
+
+def test_nothing_to_learn_from_or_to_ask_is_refused(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL)
+    with pytest.raises(ValueError, match="^prompts must be at least one, got none$"):
+        sft(model, tokenizer, [], [], 1)
+    with pytest.raises(ValueError, match="^prompts must be at least one, got none$"):
+        success_rate(model, tokenizer, ChainAddition(), [])
+    for name, x, rule in (("samples", 0, "at least 1"), ("samples", 1.5, "a whole number"),
+                          ("max_new_tokens", 0, "at least 1"), ("max_new_tokens", 2.5, "a whole number")):
+        with pytest.raises(ValueError, match=f"^{name} must be {rule}, got {x}$"):
+            success_rate(model, tokenizer, ChainAddition(), PROMPTS, **{name: x})
+
+
 @pytest.mark.parametrize("k", [1, 2, 4, 5])
 def test_pass_at_k_is_the_mean_over_all_sets_of_k(k):
     right = torch.rand(6, 5, generator=generator()) < 0.3
@@ -107,6 +195,10 @@ def test_pass_at_k_refuses_what_it_cannot_answer():
         pass_at_k(right.float(), 1)
     with pytest.raises(ValueError, match=r"right must have shape \(P, N\)"):
         pass_at_k(right[0], 1)
+    with pytest.raises(ValueError, match="k must be a whole number, got 1.5"):
+        pass_at_k(right, 1.5)
+    with pytest.raises(ValueError, match="rows of right must be at least 1, got 0"):
+        pass_at_k(right[:0], 1)
 
 
 def test_one_loop_takes_the_steps_of_adamw():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import po_book.batch
 import po_book.ppo
 import po_book.train
 from po_book.batch import critic_batch
@@ -601,7 +602,7 @@ def test_where_a_time_limit_cuts_the_next_state_still_has_a_value():
     with torch.no_grad():
         value, following = (learner.policy.value(x[rollout.valid]) for x in (rollout.obs, rollout.next_obs))
     assert rollout.truncated.sum() >= 1 and not rollout.terminated.any()
-    torch.testing.assert_close(batch["advantages"][batch["mask"]], 1 + 0.9 * following - value)
+    torch.testing.assert_close(batch["advantages"], 1 + 0.9 * following - value)
 
 
 @pytest.mark.parametrize("algorithm", ["a2c", "trpo", "ppo"])
@@ -663,3 +664,23 @@ class Bandit(gym.Env):
 def test_training_on_a_gpu(algorithm):
     run = quick(algorithm, device="cuda")
     assert next(run.policy.parameters()).is_cuda and run.evaluate(5).shape == (5,)
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "trpo", "ppo"])
+def test_rows_that_are_masked_move_the_weights_as_rows_that_are_dropped(algorithm, monkeypatch):
+    "One step on a rollout in which some rows are no transitions."
+    settings = dict(n_envs=4, n_steps=60, lr=1e-3)
+    if algorithm != "a2c":
+        settings |= dict(epochs=1, minibatch=10_000)
+    config = ALGORITHMS[algorithm].config(**settings)
+    weights, metrics = [], []
+    for looked_at in True, False:
+        monkeypatch.setattr(po_book.batch, "readable", lambda x: looked_at)
+        learner = new_learner("CartPole-v1", 0, config)
+        rollout, noted = ALGORITHMS[algorithm].iteration(learner, config, 1.0)
+        assert not rollout.valid.all()
+        weights.append(flat(learner.policy))
+        metrics.append(noted)
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
+    for name in metrics[0]:
+        assert float(metrics[0][name]) == pytest.approx(float(metrics[1][name]), abs=1e-4), name
