@@ -5,7 +5,7 @@ Run: python benchmarks/defaults.py [seeds] [--record]
 Every environment is treated as unknown: PPO trains with its general settings and, for
 comparison, with those of CartPole. A number is the mean return of 50 fresh episodes after
 the last of the transitions, one number a seed; "untrained" is the first seed's policy
-before it has learned anything. HalfCheetah and Hopper ask for `pip install mujoco imageio`.
+before it has learned anything. HalfCheetah asks for `pip install mujoco imageio`.
 """
 
 import sys
@@ -19,15 +19,7 @@ from po_book.runner import new_learner
 from po_book.train import PPOConfig, default_config, train
 
 STEPS = 100_000
-ENVS = [
-    "Acrobot-v1",
-    "Pendulum-v1",
-    "LunarLander-v3",
-    "HalfCheetah-v5",
-    "CartPole-v1",
-    "Hopper-v5",
-    "MountainCarContinuous-v0",
-]
+ENVS = ["Acrobot-v1", "Pendulum-v1", "LunarLander-v3", "HalfCheetah-v5"]
 SETTINGS = {
     "general": PPOConfig(total_steps=STEPS),
     "CartPole's": replace(default_config("ppo", "CartPole-v1"), total_steps=STEPS),

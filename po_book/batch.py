@@ -60,6 +60,8 @@ def minibatches(
 ) -> list[dict[str, Tensor]]:
     "The batch in a new random order, cut into nearly equal parts of at most `size`."
     rows = len(next(iter(batch.values())))
+    if rows <= size:
+        return [batch]  # one part has no order
     order = torch.randperm(rows, generator=generator, device=generator.device)
     # All rows are moved at once; the parts are views.
     parts = [column[order].tensor_split(-(-rows // size)) for column in batch.values()]

@@ -10,6 +10,7 @@ __all__ = ['require', 'describe', 'check_shape', 'check_like', 'check_in', 'chec
 # %% ../nbs/11_checks.ipynb #f8c84f1e
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
@@ -81,6 +82,7 @@ def check_in(
     for name, x in numbers.items():
         if torch.is_tensor(x):
             continue  # on a GPU to look would be to wait
+        require(isinstance(x, Real), name, f"a number in {interval}", repr(x))
         above = x >= low if interval[0] == "[" else x > low
         below = x <= high if interval[-1] == "]" else x < high
         require(above and below, name, f"in {interval}", x)
@@ -95,7 +97,8 @@ def check_at_least(
     Raises: `ValueError` that names the first of them.
     """
     for name, x in numbers.items():
-        require(x >= bound, name, f"at least {bound}", x)
+        real = torch.is_tensor(x) or isinstance(x, Real)
+        require(real and x >= bound, name, f"at least {bound}", x if real else repr(x))
 
 # %% ../nbs/11_checks.ipynb #c3333602
 def check_positive(
@@ -106,7 +109,8 @@ def check_positive(
     Raises: `ValueError` that names the first of them.
     """
     for name, x in numbers.items():
-        require(x > 0, name, "positive", x)
+        real = torch.is_tensor(x) or isinstance(x, Real)
+        require(real and x > 0, name, "positive", x if real else repr(x))
 
 # %% ../nbs/11_checks.ipynb #8655751a
 def check_whole(

@@ -106,8 +106,8 @@ def find_device(name: torch.device | str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(name).type
-        require(kind in ("cpu", "cuda"), "device", "cpu, cuda, cuda:1, ... or auto", name)
+        known = torch.device(name).type in ("cpu", "cuda")
+        require(known, "device", "cpu, cuda, cuda:1, ... or auto", name)
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         say = f"device {name} is not there, use cpu or auto: {error}".splitlines()[0]
@@ -126,7 +126,8 @@ def flatten_parameters(
     sizes = [-(-p.numel() // 16) * 16 for p in parameters]
     vector = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
     vector.grad = torch.zeros_like(vector)
-    for p, *parts in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes)):
+    both = vector.data.split(sizes), vector.grad.split(sizes)
+    for p, *parts in zip(parameters, *both):
         data, grad = (part[: p.numel()].view_as(p) for part in parts)
         p.data, p.grad = data.copy_(p), grad
     return vector
@@ -164,7 +165,7 @@ class CompiledLearner(PreparingLearner):
     "Losses, and steps of environments that can be, are fused by torch.compile."
 
     def minimise(
-        self, name: str, loss: Loss, max_grad_norm: float = inf, **inputs: Tensor | float
+        self, name: str, loss: Loss, max_grad_norm: float = inf, **inputs: Tensor
     ) -> dict[str, Tensor]:
         "One gradient step on the compiled loss."
         fused = partial(self.call, torch.compile, name, loss)

@@ -178,7 +178,9 @@ def _restore(run: Run, learner: Learner, state: dict) -> None:
         restore(getattr(learner, name), part)
     if "stepper" not in state:
         learner.stepper.reset(spawn_seed(run.seed, "starts", run.steps))
-        learner.so_far.zero_()
+        for part in learner, *learner.extra.values():
+            if hasattr(part, "so_far"):  # earned in episodes that no longer run
+                part.so_far.zero_()
 
 # %% ../nbs/34_runner.ipynb #e4d70ba3
 def _save(run: Run, learner: Learner, out: Path) -> None:

@@ -227,7 +227,7 @@ def trpo_iteration(
     def divergence() -> Float[Tensor, ""]:
         return masked_mean(kl_divergence(old, policy.distribution(obs)), mask)
 
-    def error(obs: Tensor, returns: Tensor, mask: Tensor | None = None, **rest) -> tuple:
+    def error(obs: Tensor, returns: Tensor, mask=None, **rest: Tensor) -> tuple:
         mean = masked_mean(value_loss(policy.value(obs), returns), mask)
         return mean, {"value_loss": mean.detach()}
 

@@ -345,6 +345,13 @@ def test_normalize():
     close(normalize(x, torch.ones_like(mask)), y)
 
 
+def test_what_is_added_to_the_deviation_is_no_variance():
+    "A deviation of 1e-4 becomes 1e-4 + 1e-8."
+    x = torch.tensor([0.0, 2e-4], dtype=torch.float64)
+    for y in normalize(x), normalize(x, torch.ones(2).bool()):
+        close(y, torch.tensor([-1, 1]).double() / 1.0001)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("m", [2, 3, 1000, 4097])
 @pytest.mark.parametrize("eps", [1e-8, 0.0])

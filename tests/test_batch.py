@@ -226,3 +226,9 @@ def test_the_state_is_saved_and_the_input_kept():
 def test_bad_calls(call, message):
     with pytest.raises(ValueError, match=message):
         call(table(20, 2))
+
+
+def test_one_part_is_the_batch_as_it_is():
+    batch = {"a": torch.arange(10)}
+    (part,) = minibatches(batch, 10, generator())
+    assert part["a"] is batch["a"]

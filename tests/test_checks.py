@@ -1,6 +1,8 @@
 "Refusals speak with one voice: the argument, what it must be, what came."
 import inspect
 import math
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -183,6 +185,13 @@ def test_tables_become_float64_without_a_detour():
     assert distribution("p", x) is x
     p = distribution("p", torch.tensor([0.1, 0.9]))  # sums to one in float32 only
     assert p.dtype == torch.float64
+
+
+@pytest.mark.parametrize("check", [partial(check_in, "[0, 1]"), partial(check_at_least, 0), check_positive])
+@pytest.mark.parametrize("x", ["1", None, [1], 1j])
+def test_what_is_no_number_is_named(check, x):
+    with pytest.raises(ValueError, match=rf"^gamma must be .*got {re.escape(repr(x))}$"):
+        check(gamma=x)
 
 
 def test_only_what_is_on_a_cpu_is_looked_at():

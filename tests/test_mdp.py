@@ -216,6 +216,13 @@ def test_draws_have_their_probabilities_and_miss_what_has_none():
     assert torch.equal(*again) and torch.equal(state, torch.get_rng_state())
 
 
+def test_a_draw_of_exactly_zero_misses_what_has_no_probability(monkeypatch):
+    "It happens once in 2**24 draws of float32."
+    monkeypatch.setattr(torch, "rand", lambda shape, generator, dtype: torch.zeros(shape, dtype=dtype))
+    p = torch.tensor([[0.0, 0.0, 0.4, 0.6], [0.3, 0.0, 0.7, 0.0]])
+    assert draw(p).tolist() == [2, 0]
+
+
 def test_gradients_are_finite_differences():
     mdp, theta = random_mdp(4, 3, 0.9, seed=2), logits(4, 3)
     small, phi = random_mdp(2, 2, 0.9, seed=2), logits(2, 2)

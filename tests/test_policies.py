@@ -36,6 +36,33 @@ def test_gaussian_gradient_against_torch():
             torch.testing.assert_close(a, b)
 
 
+def test_a_gaussian_draws_a_mean_and_a_deviation_times_noise():
+    policy, obs = GaussianPolicy(2, 3, generator=generator()), torch.randn(5, 2)
+    with torch.no_grad():
+        policy.log_std.copy_(torch.tensor([-1.0, 0.0, 0.5]))
+    noise = torch.empty(5, 3).normal_(generator=generator(1))
+    expected = policy.actor(obs) + torch.tensor([-1.0, 0.0, 0.5]).exp() * noise
+    torch.testing.assert_close(policy.act(obs, generator(1)), expected)
+
+
+@pytest.mark.parametrize(
+    "make, gains",
+    [
+        (lambda: CategoricalPolicy(5, 3, (8, 8), generator()), {"actor": 0.01, "critic": 1.0}),
+        (lambda: GaussianPolicy(5, 3, (8, 8), generator()), {"actor": 0.01, "critic": 1.0}),
+        (lambda: DeterministicPolicy(5, -torch.ones(3), torch.ones(3), (8, 8), generator()), {"actor": 0.01, "critic": 1.0}),
+        (lambda: QPolicy(5, 3, (8, 8), generator()), {"q": 1.0}),
+    ],
+)
+def test_last_layers_start_with_the_gain_of_their_use(make, gains):
+    "An actor is near uniform at the start; what is hidden keeps the size of what it is shown."
+    policy = make()
+    for name, gain in gains.items():
+        *hidden, last = [layer.weight.detach() for layer in getattr(policy, name) if hasattr(layer, "weight")]
+        torch.testing.assert_close(last @ last.T, gain**2 * torch.eye(len(last)), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(hidden[1] @ hidden[1].T, 2 * torch.eye(8), atol=1e-5, rtol=1e-4)
+
+
 def test_a_distribution_says_what_evaluate_says():
     for policy, actions in (
         (CategoricalPolicy(2, 3, generator=generator()), torch.tensor([0, 2, 1, 1])),

@@ -19,6 +19,7 @@ from test_train import SMALL, Bandit
 from po_book.algorithm import Config
 from po_book.batch import RewardScale
 from po_book.checkpoint import load_checkpoint, restore
+from po_book.rollout import spawn_seed
 from po_book.runner import Diverged
 from po_book.train import PPOConfig, load_run, resume, train
 
@@ -208,6 +209,35 @@ def test_environments_that_cannot_be_captured_start_new_episodes_and_say_so(tmp_
             train("ppo", Opaque, config=CONFIGS["ppo"], out=tmp_path, progress=False, report=stop_after(800))
     run = resume(tmp_path, env=Opaque, progress=False)
     assert run.finished
+
+
+class Noting(Opaque):
+    "Pays 1 at each of its ten steps, and notes what it is seeded with."
+
+    seeds: list
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.seeds.append(seed)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 1.0, *rest
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be captured")
+def test_episodes_that_are_not_captured_start_anew_with_a_seed_of_their_own(tmp_path, monkeypatch):
+    "And what was earned in those that are lost is forgotten: a return is ten, always."
+    monkeypatch.setattr(Noting, "seeds", [], raising=False)
+    asked = dict(config=CONFIGS["ppo"], out=tmp_path, progress=False)
+    stopped = train("ppo", Noting, **asked, report=lambda row: row["steps"] < 800)
+    Noting.seeds.clear()
+    run = resume(tmp_path, env=Noting, progress=False)
+    trained = [seed for seed in Noting.seeds]
+    first, again = spawn_seed(0, "starts"), spawn_seed(0, "starts", stopped.steps)
+    assert trained[:8] == [*range(first, first + 4), *range(again, again + 4)]
+    assert {row["return"] for row in run.log if "return" in row} == {10.0}
 
 
 KILLED = """

@@ -43,6 +43,17 @@ def model():
     return RewardModel(tiny_lm(tokenizer, width=16, layers=1, heads=2), tokenizer)
 
 
+def test_a_score_is_the_head_at_the_end_of_the_text(model):
+    "Rows of other lengths beside it change nothing."
+    with torch.no_grad():
+        model.head.weight.copy_(noise(0, *model.head.weight.shape))
+        scores = model(["1+", "12"], ["2", "345"])
+        for text, score in zip(["1+2", "12345"], scores):
+            ids = torch.tensor([model.tokenizer(text).input_ids + [model.tokenizer.eos_token_id]])
+            state = model.trunk(input_ids=ids).last_hidden_state[0, -1]
+            assert score.item() == pytest.approx(model.head(state).item(), rel=1e-4)
+
+
 # One signature
 
 
@@ -131,6 +142,9 @@ def test_a_sum_is_weighted_and_leaves_out_what_is_none():
     half = returning([None, 4.0])
     got = compute_rewards(weighted_sum([lengths, half], [2.0, 0.5]), ["p", "q"], ["a", "bcd"])
     assert got == [2.0, 8.0]
+    # A weight belongs to its reward, also where an earlier one is silent.
+    got = compute_rewards(weighted_sum([half, lengths], [2.0, 0.5]), ["p", "q"], ["a", "bcd"])
+    assert got == [0.5, 9.5]
 
 
 def test_a_sum_names_its_parts_and_the_part_that_fails():

@@ -18,6 +18,7 @@ from po_book.rollout import (
     episode_returns,
     evaluate,
     make_stepper,
+    spawn_seed,
 )
 from po_book.spaces import make_policy, make_q_policy
 
@@ -74,6 +75,7 @@ def test_rows_are_true_transitions_in_every_mode(policy, mode, truncates):
         follows = table.done[:-1] & valid[1:]
         assert (table.obs[1:].squeeze(-1)[follows] >= 1).all()
         assert valid.all() == (mode != AutoresetMode.NEXT_STEP)
+        assert table.complete == (mode != AutoresetMode.NEXT_STEP)
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
@@ -212,6 +214,15 @@ def test_a_vector_is_evaluated_in_rounds_of_whole_episodes():
     assert torch.equal(returns[:3], evaluate(policy, env, 3))
     assert not torch.equal(returns[:3], returns[3:6])
     assert torch.equal(returns, evaluate(policy, env, 8))
+
+
+def test_only_the_first_round_is_seeded(policy):
+    "Seeded again, a round would start where the one before did."
+    env, seeds = vector(AutoresetMode.NEXT_STEP), []
+    reset = env.reset
+    env.reset = lambda *, seed=None, options=None: seeds.append(seed) or reset(seed=seed, options=options)
+    assert len(evaluate(policy, env, 8, seed=5)) == 8
+    assert seeds == [None, spawn_seed(5, "evaluation", 0), None, None]
 
 
 class Echo(gym.Env):

@@ -12,6 +12,7 @@ from test_train import SMALL, Bandit, cartpole, quick, vector
 
 import po_book.algorithm
 import po_book.learner
+import po_book.runner
 from po_book.advantage import normalize
 from po_book.checkpoint import load_checkpoint, save_checkpoint
 from po_book.ppo import ppo_loss
@@ -32,6 +33,23 @@ def test_an_evaluation_does_not_change_the_run(algorithm):
     assert len(graded.curve("mean_return")[0]) >= 2 and not plain.curve("mean_return")[0]
     for x, y in zip(plain.policy.parameters(), graded.policy.parameters()):
         assert torch.equal(x, y)
+
+
+def test_an_evaluation_is_due_where_a_multiple_is_crossed():
+    run = quick("ppo", config=replace(SMALL["ppo"], eval_every=500, eval_episodes=2))
+    steps = [0, *(row["steps"] for row in run.log)]
+    crossed = [b // 500 > a // 500 for a, b in zip(steps, steps[1:])]
+    assert ["mean_return" in row for row in run.log] == crossed and sum(crossed) == 3 < len(crossed)
+
+
+def test_numbers_that_are_read_together_keep_their_names(monkeypatch):
+    "As on a GPU, which is waited for once."
+    def numbers():
+        return [{k: x for k, x in row.items() if k != "seconds"} for row in quick("ppo").log]
+
+    one_by_one = numbers()
+    monkeypatch.setattr(po_book.runner, "readable", lambda x: False)
+    assert numbers() == one_by_one and len(one_by_one[0]) > 5
 
 
 @pytest.mark.parametrize("algorithm", SMALL)
@@ -292,6 +310,31 @@ def test_the_loop_knows_no_method_and_keeps_what_a_method_keeps(tmp_path):
     assert a == b and [n for n, _ in a] == list(range(1, len(a) + 1))
 
 
+class Numbered(gym.Env):
+    "Episodes of one step; the n-th pays n."
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(2)
+    played = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.played += 1
+        return np.zeros(1, np.float32), float(self.played), True, False, {}
+
+
+def test_the_return_of_a_row_is_the_mean_of_the_latest_hundred():
+    "Every other row is a restart and counts for nothing."
+    config = CountConfig(total_steps=152, n_envs=1)  # the nineteenth row is the last
+    run = start_run("count", METHODS["count"], Numbered, config, progress=False)
+    ended = [row["steps"] for row in run.log]
+    assert ended == [8 * i for i in range(1, 20)]
+    expected = [np.mean(range(max(n - 100, 0) + 1, n + 1)) for n in ended]
+    assert [row["return"] for row in run.log] == pytest.approx(expected)
+
+
 class Trunk(torch.nn.Module):
     "Actor and critic share a layer."
 
@@ -350,6 +393,15 @@ def test_a_policy_with_a_shared_layer_is_trained_and_by_the_seed_alone(algorithm
     start = new_learner("CartPole-v1", 0, SMALL[algorithm], policy=Trunk).policy
     moved = [not torch.equal(p, q) for p, q in zip(start.parameters(), runs[0].policy.parameters())]
     assert moved == [True] * 4 + [algorithm != "reinforce"] * 2  # body, actor, critic
+
+
+def test_a_policy_that_is_made_draws_from_the_seed_whatever_was_drawn_before():
+    torch.manual_seed(spawn_seed(5, "weights"))
+    wanted = Trunk()
+    for before in 0, 1:
+        torch.manual_seed(before)
+        made = new_learner("CartPole-v1", 5, SMALL["ppo"], policy=Trunk).policy
+        assert all(map(torch.equal, made.parameters(), wanted.parameters()))
 
 
 def test_a_module_is_trained_itself_and_the_function_sees_the_spaces():

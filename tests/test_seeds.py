@@ -9,7 +9,7 @@ import torch
 
 import po_book.runner
 from po_book.algorithm import Config, new_learner
-from po_book.rollout import STREAMS, make_stepper, spawn_seed
+from po_book.rollout import STREAMS, evaluate, make_stepper, spawn_seed
 from po_book.spaces import make_policy
 from po_book.train import PPOConfig, train
 
@@ -108,6 +108,23 @@ def test_no_evaluation_starts_where_training_did(seed):
         run.evaluate(5, chosen)
     assert not {*trained} & {*played}
     assert len({*played}) == len(played)
+
+
+def test_what_an_evaluation_is_seeded_with():
+    asked, drawn = [], set()
+
+    class Asking(gym.Wrapper):
+        def reset(self, *, seed=None, **kwargs):
+            asked.append(seed)
+            return super().reset(seed=seed, **kwargs)
+
+    policy = make_policy(gym.make_vec("CartPole-v1"))
+    plain = policy.act
+    policy.act = lambda obs, generator: drawn.add(generator.initial_seed()) or plain(obs, generator)
+    evaluate(policy, lambda: Asking(gym.make("CartPole-v1")), 2, seed=7)
+    starts, actions = (spawn_seed(7, "evaluation", i) for i in range(2))
+    assert [seed for seed in asked if seed is not None] == [starts, starts + 1]
+    assert drawn == {actions} and starts != actions
 
 
 def test_what_each_part_of_a_run_is_seeded_with(monkeypatch):

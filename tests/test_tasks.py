@@ -67,6 +67,20 @@ def test_countdown_follows_the_steps(completion, right):
     assert Countdown().verify("2,3,7=13:", completion) == right
 
 
+@pytest.mark.parametrize("pairs", [[("12+3=", "15")], [("1+1=", "2"), ("12+30+4=", "42,46")]])
+def test_the_loss_of_fine_tuning_is_the_mean_over_tokens_of_answers_and_their_ends(pairs, tokenizer):
+    model, by_hand = tiny_lm(tokenizer, **SMALL), []
+    for prompt, answer in pairs:
+        first = len(tokenizer(prompt).input_ids)
+        ids = torch.tensor(tokenizer(prompt + answer).input_ids + [tokenizer.eos_token_id])
+        logp = model(input_ids=ids[None]).logits[0].detach().double().log_softmax(-1)
+        by_hand += [-logp[t - 1, ids[t]].item() for t in range(first, len(ids))]
+    prompts, answers = map(list, zip(*pairs))
+    losses = sft(model, tokenizer, prompts, answers, 1, len(pairs), generator=generator())
+    assert len(by_hand) == sum(len(answer) + 1 for answer in answers)
+    assert losses == [pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)]
+
+
 def test_fine_tuning_learns_and_repeats(tokenizer):
     task = ChainAddition(2, 2)
     prompts = task.prompts(200)

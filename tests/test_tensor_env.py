@@ -162,6 +162,7 @@ def test_one_episode_of_each_cartpole_and_its_score():
     stepper = make_stepper(CARTPOLE, 30)
     policy = make_policy(stepper.env, generator=generator())
     table = collect_episodes(policy, stepper, generator(), seed=0)
+    assert not table.complete and torch.equal(table.mask, table.valid)  # what ended goes on
     lengths = table.valid.sum(0)
     for i, length in enumerate(lengths):
         assert table.valid[:length, i].all() and table.done[length - 1, i]

@@ -457,10 +457,99 @@ def test_epochs_end_where_the_divergence_is_above_its_target(monkeypatch):
         _, metrics = ALGORITHMS["ppo"].iteration(new_learner("CartPole-v1", 0, config), config, 1.0)
         used[target] = len(epochs)
     assert used == {None: 8, 1e-9: 1, 1e9: 8}
-    config = cartpole("ppo", **FAST, target_kl=0.02)
-    epochs.clear()
-    ALGORITHMS["ppo"].iteration(new_learner("CartPole-v1", 0, config), config, 1.0)
-    assert 1 < len(epochs) < 8
+
+
+def test_epochs_end_after_the_first_whose_divergence_is_above_the_target(monkeypatch):
+    measured, epochs = iter([0.125, 0.25, 0.3125, 9.0]), []
+    made = po_book.train.minibatches
+    noted = lambda *data, **options: {"approx_kl": torch.tensor(next(measured))}  # noqa: E731
+    monkeypatch.setattr(po_book.train, "ppo_metrics", noted)
+    monkeypatch.setattr(po_book.train, "minibatches", lambda *args: epochs.append(1) or made(*args))
+    config = cartpole("ppo", **FAST, target_kl=0.25)
+    _, metrics = ALGORITHMS["ppo"].iteration(new_learner("CartPole-v1", 0, config), config, 1.0)
+    assert len(epochs) == 3 and metrics["approx_kl"] == 9
+
+
+def test_ppo_notes_the_policy_it_made_and_the_critic_it_had(monkeypatch):
+    "By hand, over the rows that are transitions."
+    seen, made = [], po_book.train.critic_batch
+    monkeypatch.setattr(po_book.train, "critic_batch", lambda *args: seen.append(made(*args)) or seen[-1])
+    config = cartpole("ppo", **FAST | dict(lr=0.1))
+    learner = new_learner("CartPole-v1", 0, config)
+    _, metrics = ALGORITHMS["ppo"].iteration(learner, config, 1.0)
+    rows = seen[0]
+    logp, entropy = learner.policy.evaluate(rows["obs"], rows["actions"])
+    log_ratio, error = (logp - rows["logp"]).detach().double(), rows["advantages"].double()
+    by_hand = {
+        "value_loss": error.square().mean() / 2,
+        "entropy": entropy.mean(),
+        "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),
+        "clip_fraction": ((log_ratio.exp() - 1).abs() > 0.2).double().mean(),
+        "explained_variance": 1 - error.var(correction=0) / rows["returns"].double().var(correction=0),
+    }
+    assert metrics.keys() == by_hand.keys() and by_hand["clip_fraction"] > 0
+    for name, wanted in by_hand.items():
+        assert metrics[name].item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6), name
+
+
+def spoiled(x: torch.Tensor, valid: torch.Tensor, junk: float) -> torch.Tensor:
+    "Something else where a row is no transition."
+    lost = ~valid.reshape(*valid.shape, *[1] * (x.ndim - valid.ndim))
+    return x + junk * lost if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("algorithm, settings", [
+    ("ppo", dict(kl_coef=1.0, entropy_coef=0.01, clip_value=0.5)), ("a2c", dict(entropy_coef=0.01)), ("trpo", {}), ("reinforce", {}),
+])  # fmt: skip
+def test_rows_that_are_no_transitions_teach_nothing(algorithm, settings, monkeypatch):
+    "Masked, as on a GPU: whatever is seen or paid there, weights and metrics are the same."
+    monkeypatch.setattr(po_book.batch, "readable", lambda x: False)
+    made, episodes = po_book.train.critic_batch, po_book.train.collect_episodes
+    config = replace(SMALL[algorithm], **settings)
+    results = []
+    for junk in 0.0, 30.0:
+        def batch(*args, junk=junk):
+            table = made(*args)
+            assert not table["mask"].all()
+            return {name: spoiled(x, table["mask"], junk) for name, x in table.items()}
+
+        def whole(*args, junk=junk):
+            table = episodes(*args)
+            assert not table.valid.all()
+            columns = {name: spoiled(getattr(table, name), table.valid, junk) for name in ("obs", "rewards")}
+            return replace(table, **columns)
+
+        monkeypatch.setattr(po_book.train, "critic_batch", batch)
+        monkeypatch.setattr(po_book.train, "collect_episodes", whole)
+        learner = new_learner("CartPole-v1", 0, config)
+        _, metrics = ALGORITHMS[algorithm].iteration(learner, config, 1.0)
+        results.append({name: torch.as_tensor(x) for name, x in metrics.items()} | {"weights": flat(learner.policy)})
+    assert results[0].keys() == results[1].keys()
+    for name, clean in results[0].items():
+        torch.testing.assert_close(results[1][name], clean, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def small(algorithm: str, **settings) -> tuple:
+    "A learner that learns from its first iteration on, and its settings."
+    more = {"learning_starts": 0} if algorithm in ("dqn", "ddpg") else {}
+    config = replace(SMALL[algorithm], **more, **settings)
+    return new_learner("Pendulum-v1" if algorithm == "ddpg" else "CartPole-v1", 0, config), config
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo", "trpo", "dqn", "ddpg"])
+def test_the_longest_gradient_is_as_asked(algorithm):
+    learner, config = small(algorithm, max_grad_norm=1e-3)
+    ALGORITHMS[algorithm].iteration(learner, config, 1.0)
+    assert learner.weights.grad.norm().item() == pytest.approx(1e-3, rel=0.02)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "trpo", "dqn", "ddpg"])
+def test_the_order_of_minibatches_is_drawn_apart_from_the_actions(algorithm):
+    (alone, config), (learner, _) = small(algorithm), small(algorithm)
+    alone.collect(config.n_steps)
+    ALGORITHMS[algorithm].iteration(learner, config, 1.0)
+    assert torch.equal(alone.generator.get_state(), learner.generator.get_state())
+    assert not torch.equal(alone.order.get_state(), learner.order.get_state())
 
 
 def test_the_penalty_holds_the_policy_back():
@@ -479,6 +568,22 @@ def test_the_weight_of_the_penalty_is_adapted_once_an_iteration(tmp_path):
     config = cartpole("ppo", **FAST, clip=None, kl_coef=1.0, kl_target=1e-9)
     quick("ppo", config=config, out=tmp_path, report=lambda row: row["steps"] < 500)
     assert [row["kl_coef"] for row in po_book.train.resume(tmp_path, progress=False).log] == weights(1e-9)
+
+
+def test_the_adapted_weight_is_the_one_in_the_loss():
+    "Eight by adaptation is eight by settings."
+    adapted, eight, one = (
+        cartpole("ppo", **FAST, clip=None, kl_coef=beta, kl_target=target)
+        for beta, target in ((1.0, 0.01), (8.0, None), (1.0, None))
+    )
+    weights = []
+    for config in adapted, eight, one:
+        learner = new_learner("CartPole-v1", 0, config)
+        if config is adapted:
+            learner.extra["kl"].beta = 8.0
+        ALGORITHMS["ppo"].iteration(learner, config, 1.0)
+        weights.append(flat(learner.policy))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
 def test_trpo_logs_the_mean_value_loss(monkeypatch):
@@ -628,7 +733,9 @@ def test_rewards_are_learned_from_in_units_of_the_returns_and_logged_as_they_cam
 
 def test_the_scale_of_rewards_is_kept_beside_the_weight_of_the_penalty():
     config = cartpole("ppo", **FAST, kl_coef=1.0, kl_target=0.01, normalize_rewards=True)
-    assert config.prepare(new_learner("CartPole-v1", 0, config).policy).keys() == {"kl", "reward_scale"}
+    extra = config.prepare(new_learner("CartPole-v1", 0, config).policy)
+    assert extra.keys() == {"kl", "reward_scale"}
+    assert extra["reward_scale"].gamma == config.gamma != config.lam
     assert not cartpole("ppo", **FAST).prepare(None) and not cartpole("a2c").prepare(None)
 
 

@@ -24,7 +24,7 @@ from po_book.language_model import char_tokenizer, load_lm, tiny_lm
 from po_book.objective import PRESETS
 from po_book.runner import Diverged
 from po_book.lm_batch import gradient_step
-from po_book.tasks import ChainAddition, Countdown, WordProblems
+from po_book.tasks import ChainAddition, Countdown, WordProblems, is_held_out
 from po_book.train_lm import LMConfig, default_lm_config, fit_objective, save_lm, train_lm
 
 TASK = ChainAddition(2, 3)
@@ -213,6 +213,32 @@ def test_truncated_completions_are_left_out_of_the_loss_but_not_of_their_group()
     assert plain.log[0]["grad_norm"] != dropped.log[0]["grad_norm"]
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_the_mask_of_the_loss_has_the_rows_of_finished_completions(drop, monkeypatch):
+    "And of the truncated ones too, unless they are dropped."
+    seen, real = [], module.learnable
+    monkeypatch.setattr(module, "learnable", lambda *args: seen.append((args[2].samples, real(*args))) or seen[-1][1])
+    run("dr-grpo", replace(SMALL, steps=1, drop_truncated=drop))
+    ((samples, batch),) = seen
+    finished = samples.finished
+    assert finished.any() and not finished.all()
+    assert torch.equal(batch["mask"].any(1), finished if drop else torch.ones_like(finished))
+    assert torch.equal(batch["mask"][finished], samples.mask[finished])
+
+
+@pytest.mark.parametrize("anneal, paces", [(True, [0.5, 0.75, 0.5, 0.25]), (False, [0.5, 1, 1, 1])])
+def test_the_rate_rises_and_falls_if_it_may(anneal, paces, monkeypatch):
+    rates, real = [], torch.optim.AdamW.step
+
+    def step(self, closure=None):
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(config=replace(SMALL, steps=4, warmup=1, lr=0.25, anneal=anneal))
+    assert rates == pytest.approx([0.25 * pace for pace in paces])
+
+
 def test_the_soft_penalty_is_part_of_the_reward():
     config = replace(SMALL, steps=1)
     plain, punished = run(config=config), run(config=replace(config, overlong_cache=3))
@@ -303,6 +329,24 @@ def test_scores_are_of_held_out_problems():
     config = replace(SMALL, eval_every=2, eval_prompts=8, eval_samples=2)
     steps, success = run(config=config).curve("success")
     assert steps == [2] and 0 <= success[0] <= 1
+
+
+def test_problems_are_held_out_in_an_evaluation_and_not_in_training(monkeypatch):
+    graded, asked = [], []
+    real = module.success_rate
+
+    def success(model, tokenizer, task, prompts, *rest):
+        graded.extend(prompts)
+        return real(model, tokenizer, task, prompts, *rest)
+
+    def reward(prompts, completions, **columns):
+        asked.extend(prompts)
+        return count_ones(prompts, completions)
+
+    monkeypatch.setattr(module, "success_rate", success)
+    run(config=replace(SMALL, eval_every=2, eval_prompts=8, eval_samples=2), reward=reward)
+    assert len(graded) == 8 and all(map(is_held_out, graded))
+    assert len(asked) >= 3 * 16 and not any(map(is_held_out, asked))
 
 
 # Bad input

@@ -67,6 +67,13 @@ def test_divergences_agree_with_torch():
     assert kl_divergence([0.5, 0.5], [1.0, 0.0]) == math.inf
 
 
+@pytest.mark.parametrize("p, q, distance", [
+    ([1.0, 0.0], [0.0, 1.0], 1.0), ([0.7, 0.3], [0.5, 0.5], 0.2), ([0.2, 0.3, 0.5], [0.5, 0.3, 0.2], 0.3),
+])  # fmt: skip
+def test_total_variation_by_hand(p, q, distance):
+    assert total_variation(p, q).item() == pytest.approx(distance, abs=1e-15)
+
+
 def test_the_divergence_is_differentiable_in_its_first_argument():
     theta = torch.randn(4, 3).requires_grad_()
     assert torch.autograd.gradcheck(

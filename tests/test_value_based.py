@@ -327,6 +327,17 @@ def test_memory_draws_uniformly_and_by_seed():
     assert torch.equal(drawn, memory.sample(8000, seeded())["s"])
 
 
+def test_memory_tells_a_recorded_draw_how_much_is_filled():
+    "A recording reads a tensor where it stands; a number of Python it would remember."
+    memory = Replay(10)
+    memory.add(s=torch.arange(4))
+    filled = memory.filled
+    memory.add(s=torch.arange(4, 7))
+    assert memory.filled is filled and filled == 7
+    filled.fill_(2)
+    assert set(memory.sample(200, seeded())["s"].tolist()) == {0, 1}
+
+
 def test_memory_is_a_copy_without_gradient():
     memory, x = Replay(4), torch.ones(2, 3, requires_grad=True)
     y = x * 2

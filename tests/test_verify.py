@@ -95,3 +95,10 @@ def test_the_source_is_kept_in_the_notebook():
     notebook = NotebookClient(new_notebook(cells=[new_code_cell(code)])).execute()
     (output,) = notebook.cells[0].outputs
     assert output.metadata["po_book"]["source"] == "S1.1" and "S1.1" not in str(output.data)
+
+
+@pytest.mark.parametrize("right, atol", [(1.0, 0.0), (1.25, 0.25)])
+def test_a_difference_as_large_as_the_tolerance_holds_and_is_not_refuted(right, atol):
+    holds("edge", 1.0, right, atol=atol)
+    with pytest.raises(AssertionError, match="not refuted: edge"):
+        refuted("edge", 1.0, right, atol=atol)
