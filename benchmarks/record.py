@@ -88,14 +88,12 @@ RECORDS = {
         "IPPO": meeting("ippo"),
         "MAPPO": meeting("mappo"),
         "HAPPO": meeting("happo"),
-        "IPPO, not shared": meeting("ippo", share=False),
-        "MAPPO, not shared": meeting("mappo", share=False),
     }),
     "team_spread": Record("mpe2/simple_spread-v3", 8, {
         name.upper(): replace(
             default_config(name, "mpe2/simple_spread-v3"), eval_every=20_000
         )
-        for name in ("ippo", "mappo", "happo")
+        for name in ("ippo", "mappo")
     }),
 }
 
