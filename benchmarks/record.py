@@ -34,12 +34,6 @@ def cartpole(algorithm: str, **more) -> Config:
     return replace(default_config(algorithm, "CartPole-v1"), **more)
 
 
-def meeting(algorithm: str, **more) -> Config:
-    "The default settings of two people who meet, some of them changed."
-    config = default_config(algorithm, "po_book/Meeting-v0")
-    return replace(config, eval_every=3_000, **more)
-
-
 METHODS = dict(total_steps=100_000, eval_every=4_000)
 DETAILS = dict(total_steps=50_000, eval_every=2_048)
 DQN = dict(eval_every=2_500)
@@ -82,12 +76,6 @@ RECORDS = {
             default_config("trpo", "Pendulum-v1"), n_steps=n, eval_every=1
         )
         for n in (200, 128)
-    }),
-    "team_meeting": Record("po_book/Meeting-v0", 8, {
-        "one mind": meeting("ppo"),
-        "IPPO": meeting("ippo"),
-        "MAPPO": meeting("mappo"),
-        "HAPPO": meeting("happo"),
     }),
     "team_spread": Record("mpe2/simple_spread-v3", 8, {
         name.upper(): replace(
