@@ -474,7 +474,7 @@ def test_ppo_notes_the_policy_it_made_and_the_critic_it_had(monkeypatch):
     "By hand, over the rows that are transitions."
     seen, made = [], po_book.train.critic_batch
     monkeypatch.setattr(po_book.train, "critic_batch", lambda *args: seen.append(made(*args)) or seen[-1])
-    config = cartpole("ppo", **FAST | dict(lr=0.1))
+    config = cartpole("ppo", **FAST | dict(lr=1e-2))
     learner = new_learner("CartPole-v1", 0, config)
     _, metrics = ALGORITHMS["ppo"].iteration(learner, config, 1.0)
     rows = seen[0]
