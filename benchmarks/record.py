@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from recording import Record, asked
 
+from po_book import multi_agent as _  # its methods and teams
 from po_book.algorithm import Config
 from po_book.train import (
     ALGORITHMS,
@@ -75,6 +76,12 @@ RECORDS = {
             default_config("trpo", "Pendulum-v1"), n_steps=n, eval_every=1
         )
         for n in (200, 128)
+    }),
+    "team_spread": Record("mpe2/simple_spread-v3", 8, {
+        name.upper(): replace(
+            default_config(name, "mpe2/simple_spread-v3"), eval_every=20_000
+        )
+        for name in ("ippo", "mappo")
     }),
 }
 

@@ -30,10 +30,15 @@ def critic_batch(
 
     `policy` must still be the one that sampled: its log-probabilities become the old.
     """
-    values = policy.value(rollout.obs)
-    next_values, ends = policy.value(rollout.next_obs), rollout.terminated
-    rewards, done = rollout.rewards, rollout.done
-    advantages = gae(rewards, values, next_values, ends, done, gamma, lam)
+    values, next_values = policy.value(rollout.obs), policy.value(rollout.next_obs)
+
+    def each(x: Tensor) -> Tensor:
+        "With an entry for every agent, where the policy values several."
+        return x.reshape(*x.shape, *[1] * (values.ndim - 2)).expand(values.shape)
+
+    flags = each(rollout.terminated), each(rollout.done)
+    steps = each(rollout.rewards), values, next_values, *flags
+    advantages = gae(*(x.flatten(1) for x in steps), gamma, lam).view_as(values)
     table = {
         "obs": rollout.obs,
         "actions": rollout.actions,
@@ -44,7 +49,7 @@ def critic_batch(
     if not rollout.complete and readable(rollout.valid):
         return {name: column[rollout.valid] for name, column in table.items()}
     if not rollout.complete:
-        table["mask"] = rollout.valid
+        table["mask"] = each(rollout.valid)
     return {name: column.flatten(0, 1) for name, column in table.items()}
 
 # %% ../nbs/31a_batch.ipynb #c049314e

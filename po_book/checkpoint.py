@@ -311,7 +311,7 @@ class NotCapturable(ValueError):
 _PLAIN = {type(None), bool, int, float, str, bytes}
 _CODE = (
     type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, Enum, ref,
-    partial, np.ufunc, np.dtype, torch.dtype, torch.device, logging.Logger,
+    partial, slice, np.ufunc, np.dtype, torch.dtype, torch.device, logging.Logger,
 )
 _MAKE = {t: t for t in (dict, OrderedDict, set, list, tuple, Tensor, torch.Generator)}
 _MAKE |= {t: t for t in np.sctypeDict.values()}  # all types of NumPy's scalars

@@ -48,6 +48,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+import po_book.multi_agent  # adds its methods and teams
 from .checkpoint import lock_folder
 from .checks import check_at_least, check_in
 from .dapo import NoSignal

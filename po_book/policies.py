@@ -151,7 +151,7 @@ class CategoricalPolicy(ActorCritic):
         logits = self.actor(obs)
         if self.mask is None:
             return logits
-        return logits.masked_fill(obs[..., self.mask] == 0, -torch.inf)
+        return logits.where(obs[..., self.mask].view_as(logits) != 0, -torch.inf)
 
     def logits(self, obs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B A"]:
         "The same with the smallest number for -inf."
@@ -255,7 +255,7 @@ class GaussianPolicy(ActorCritic):
         unit = (actions - self.middle) / self.half_width
         z = (unit - self.actor(obs)) / self.log_std.exp()
         log_norm = self.log_std + 0.5 * math.log(2 * math.pi) + self.half_width.log()
-        entropy = (log_norm + 0.5).sum().expand(z.shape[:-1])
+        entropy = (log_norm + 0.5).sum(-1).expand(z.shape[:-1])
         return -(0.5 * z**2 + log_norm).sum(-1), entropy
 
 # %% ../nbs/30_policies.ipynb #0d2043d8

@@ -68,7 +68,7 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
     metadata = read_metadata(wheel)
     line = next(x for x in README.splitlines() if x.startswith("Extras"))
     extras = set(metadata.get_all("Provides-Extra"))
-    assert extras == {"video", "box2d", "peft", "tensorboard", "wandb", "dev"}
+    assert extras == {"video", "box2d", "peft", "tensorboard", "wandb", "agents", "dev"}
     assert extras - {"dev"} == set(re.findall("`(.*?)`", line))
     asked = [x for x in metadata.get_all("Requires-Dist") if "extra == " in x]
     packages = {
@@ -77,7 +77,7 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
     }
     assert packages == {
         "video": ["pygame"], "box2d": ["gymnasium[box2d]"], "peft": ["peft"],
-        "tensorboard": ["tensorboard"], "wandb": ["wandb"],
+        "tensorboard": ["tensorboard"], "wandb": ["wandb"], "agents": ["pettingzoo", "mpe2"],
     }  # fmt: skip
 
 

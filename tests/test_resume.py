@@ -21,7 +21,7 @@ from po_book.batch import RewardScale
 from po_book.checkpoint import load_checkpoint, restore
 from po_book.rollout import spawn_seed
 from po_book.runner import Diverged
-from po_book.train import ALGORITHMS, PPOConfig, load_run, resume, train
+from po_book.train import PPOConfig, load_run, resume, train
 
 EVERY = dict(checkpoint_every=300, eval_every=500, eval_episodes=5)
 CONFIGS = {name: replace(config, **EVERY) for name, config in SMALL.items()}
@@ -58,7 +58,7 @@ def interrupted(algorithm, env, out, config, at=800):
     assert 300 <= kept <= at + 600
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", CONFIGS)
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(algorithm, tmp_path):
     env, config = env_of(algorithm), CONFIGS[algorithm]
     whole = train(algorithm, env, config=config, progress=False)
@@ -306,7 +306,7 @@ def test_a_run_with_settings_of_a_subclass_is_resumed_with_them(tmp_path):
         load_run(tmp_path, config=dataclass(frozen=True)(type("Other", (Config,), {"__init__": lambda self, **kw: None})))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", CONFIGS)
 def test_a_run_that_its_report_stops_is_saved_and_goes_on(algorithm, tmp_path):
     env, config = env_of(algorithm), replace(CONFIGS[algorithm], checkpoint_every=10**6)
     stopped = train(algorithm, env, config=config, out=tmp_path, progress=False, report=lambda row, run, learner: run.steps < 700)

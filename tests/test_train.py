@@ -52,7 +52,8 @@ def quick(algorithm: str, **kwargs):
 
 
 def test_every_algorithm_is_tested_here():
-    assert SMALL.keys() == ALGORITHMS.keys()
+    teams = {"ippo", "mappo", "happo"}  # there if chapter 38 has been imported
+    assert SMALL.keys() == ALGORITHMS.keys() - teams
     assert all(type(SMALL[name]) is ALGORITHMS[name].config for name in SMALL)
 
 
