@@ -466,7 +466,7 @@ def clocks():
 
 
 def test_an_environment_without_an_end_is_refused(clocks, here, capsys):
-    config = PPOConfig(total_steps=64, n_envs=2, n_steps=32, minibatch=64, epochs=1)
+    config = replace(default_config("ppo", "CartPole-v1"), total_steps=64, n_envs=2, n_steps=32, minibatch=64, epochs=1)
     train("ppo", "Endless-v0", config=config, out="x", progress=False)
     for more in "", " --video a.gif":
         assert run(f"evaluate x --episodes 2 --max-steps 50{more}") == 1
