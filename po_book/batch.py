@@ -27,7 +27,6 @@ def critic_batch(
     """A rollout in one long row, with advantages and value targets.
 
     A row that is no transition is left out on a CPU; elsewhere there is a `mask`.
-
     `policy` must still be the one that sampled: its log-probabilities become the old.
     """
     values, next_values = policy.value(rollout.obs), policy.value(rollout.next_obs)
@@ -46,10 +45,11 @@ def critic_batch(
         "advantages": advantages,
         "returns": advantages + values,
     }
-    if not rollout.complete and readable(rollout.valid):
-        return {name: column[rollout.valid] for name, column in table.items()}
-    if not rollout.complete:
-        table["mask"] = each(rollout.valid)
+    mask = rollout.mask
+    if mask is not None and readable(mask):
+        return {name: column[mask] for name, column in table.items()}
+    if mask is not None:
+        table["mask"] = each(mask)
     return {name: column.flatten(0, 1) for name, column in table.items()}
 
 # %% ../nbs/31a_batch.ipynb #c049314e

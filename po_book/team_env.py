@@ -135,7 +135,7 @@ def _together(env: Any) -> Any:
     require(env.metadata.get("is_parallelizable"), "env", rule, env)
     return aec_to_parallel(env)
 
-
+# %% ../nbs/37a_team_env.ipynb #dd0e077a
 def _common_space(
     kind: str, space: Callable[[str], gym.Space], names: list[str]
 ) -> gym.Space:
@@ -146,7 +146,7 @@ def _common_space(
         require(space(name) == first, f"{kind} space of {name}", rule, space(name))
     return first
 
-
+# %% ../nbs/37a_team_env.ipynb #6beb1818
 def _team_actions(space: gym.Space, n: int) -> gym.Space:
     "An action of each of `n` agents."
     if isinstance(space, Discrete):
@@ -156,8 +156,9 @@ def _team_actions(space: gym.Space, n: int) -> gym.Space:
     low, high = (np.tile(x.ravel(), (n, 1)) for x in (space.low, space.high))
     return Box(low, high, dtype=space.dtype)
 
-
+# %% ../nbs/37a_team_env.ipynb #51232d4e
 def _floats(*shape: int) -> Box:
+    "Numbers of that shape, without bounds."
     return Box(-np.inf, np.inf, shape, np.float32)
 
 # %% ../nbs/37a_team_env.ipynb #831ba94f

@@ -139,6 +139,8 @@ class TensorStepper(Stepper):
     numbers.
     """
 
+    complete = True  # an environment that restarts in the same step loses no row
+
     def __init__(self, env: VectorEnv, seed: int | None = None):
         self.env, mode = env, env.metadata.get("autoreset_mode")
         same = mode == AutoresetMode.SAME_STEP
@@ -150,8 +152,6 @@ class TensorStepper(Stepper):
         self.device = self.obs.device
         self.valid = torch.ones(env.num_envs, dtype=torch.bool, device=self.device)
         self.to_env = _action_maker(env.single_action_space, self.device)
-
-    complete = True  # an environment that restarts in the same step loses no row
 
     def serve(self, policy: Policy) -> None:
         "Observations are what the environment makes them, for any policy."

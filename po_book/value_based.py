@@ -100,6 +100,14 @@ def _ends(mdp: TabularMDP) -> Bool[Tensor, "S"]:
     return (stays & (mdp.R == 0)).all(-1)
 
 # %% ../nbs/15_value_based.ipynb #7324f7c7
+def _schedule(name: str, x: float | Callable) -> Callable:
+    "A rate as a function of what counts; a number is checked, a function is trusted."
+    if callable(x):
+        return x
+    check_in("[0, 1]", **{name: x})
+    return lambda _: x
+
+# %% ../nbs/15_value_based.ipynb #e2adcfc4
 def td_control(
     mdp: TabularMDP,
     rule: str,      # what follows a step: "sarsa", "expected_sarsa", "q_learning"
@@ -119,9 +127,7 @@ def td_control(
     """
     every = steps if every is None else every
     check_at_least(1, steps=steps, runs=runs, every=every)
-    rates = {"alpha": alpha, "epsilon": epsilon}  # a function is trusted
-    check_in("[0, 1]", **{name: x for name, x in rates.items() if not callable(x)})
-    explore = epsilon if callable(epsilon) else lambda _: epsilon
+    rate, explore = _schedule("alpha", alpha), _schedule("epsilon", epsilon)
     over, start, row = _ends(mdp), mdp.p0.expand(runs, -1), torch.arange(runs)
     q = mdp.R.new_zeros(runs, *mdp.R.shape)
     visits, tables, rewards, ended = torch.zeros_like(q), [], [], []
@@ -136,11 +142,8 @@ def td_control(
         next_a = draw(pi, generator)
         follows = next_values(rule, q_next, pi, next_a)
         y = td_target(r, follows, end, mdp.gamma)
-        rate = alpha
-        if callable(alpha):
-            n = visits[row, s, a] = visits[row, s, a] + 1
-            rate = alpha(n)
-        q[row, s, a] += rate * (y - q[row, s, a])
+        visits[row, s, a] += 1
+        q[row, s, a] += rate(visits[row, s, a]) * (y - q[row, s, a])
         rewards.append(r)
         ended.append(end)
         if t % every == 0:
