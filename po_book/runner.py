@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from .algorithm import Algorithm, Config, NewPolicy, new_learner
 
 from po_book.checkpoint import (
-    NotCapturable, capture, load_checkpoint, lock_folder, replace_file, restore,
-    save_checkpoint, write_table,
+    NotCapturable, capture, load_checkpoint, lock_folder, restore, save_checkpoint,
+    write_asked, write_table,
 )
 from .checks import check_known, readable, require
 from .learner import Learner, find_device
@@ -143,10 +143,6 @@ def _own(algorithm: Algorithm, config: Config, **given: Any) -> list[str]:
 
 def _claim_folder(run: Run, out: Path, own: list[str]) -> Path:
     "The folder, with what is asked in it, where no other run has its files."
-    if (out / "run.json").exists():
-        hint = "resume it, or choose another folder"
-        raise ValueError(f"{out} holds a run already: {hint}")
-    out.mkdir(parents=True, exist_ok=True)
     asked = {n: getattr(run, n) for n in ("algorithm", "seed", "device", "backend")}
     asked["env"] = run.env if isinstance(run.env, str) else None
     asked["config"] = asdict(run.config)
@@ -154,8 +150,7 @@ def _claim_folder(run: Run, out: Path, own: list[str]) -> Path:
         asked["eval_env"] = run.eval_env
     if own:
         asked["own"] = own
-    text = json.dumps(asked, indent=2) + "\n"
-    replace_file(out / "run.json", lambda part: part.write_text(text, "utf-8"))
+    write_asked(out, asked)
     return out
 
 # %% ../nbs/34_runner.ipynb #985ec296
