@@ -129,7 +129,7 @@ FAULTS = [
     Fault("reward-finite", "rollout.py", '        _check_finite("reward", rewards)\n', "", "test_runner.py -k name_the_environment"),
     Fault("total-steps", "runner.py", "self.steps >= self.config.total_steps", "self.steps > self.config.total_steps", "test_runner.py -k hundred"),
     Fault("stop-saves", "runner.py", "due = stop or run.finished", "due = run.finished", "test_resume.py -k report_stops"),
-    Fault("holds-a-run", "runner.py", '    if (out / "run.json").exists():\n        hint', "    if False:\n        hint", "test_resume.py -k untouched"),
+    Fault("holds-a-run", "checkpoint.py", "    if path.exists():\n        hint", "    if False:\n        hint", "test_resume.py -k untouched"),
     Fault("eval-env", "runner.py", "env = self.env if self.eval_env is None else self.eval_env", "env = self.env", "test_runner.py -k eval_env"),
     Fault("close-given", "runner.py", "if learner.stepper.env is not run.env:", "if True:", "test_runner.py -k left_open"),
     Fault("diverged", "runner.py", 'if not metrics.pop("finite"):', 'if metrics.pop("finite") < 0:', "test_resume.py -k diverges"),
