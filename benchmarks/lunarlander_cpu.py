@@ -5,7 +5,7 @@ Run: python benchmarks/lunarlander_cpu.py [seeds] [--record]
 Seconds of collecting and learning until sampled actions earn 200 on average over 100
 fresh episodes, asked every 16,384 transitions; evaluations and imports are not counted.
 The candidates take turns, seed by seed. The peer's settings are those of rl-zoo3, which
-are meant for a million transitions; it is stopped after 600 seconds. The settings of this
+are meant for a million transitions; it is stopped after 300 seconds. The settings of this
 library are its preset for this environment.
 """
 
@@ -19,7 +19,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from po_book.train import default_config
 
-RACE = Race("LunarLander-v3", bar=200, every=16_384, budget=1_000_000)
+RACE = Race("LunarLander-v3", bar=200, every=16_384, budget=1_000_000, seconds=300)
 
 
 def peer(seed: int) -> PPO:

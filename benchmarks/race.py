@@ -35,7 +35,7 @@ class Race:
     bar: float           # mean return of 100 fresh episodes, actions sampled
     every: int           # transitions between evaluations
     budget: int          # transitions at most
-    seconds: float = 600.0  # of the peer's collecting and learning at most
+    seconds: float = 600  # of the peer's collecting and learning at most
 
     def scored(self) -> dict[str, float]:
         "The settings that make this library stop at the bar."
