@@ -446,8 +446,8 @@ def test_the_value_clip_is_around_the_values_of_the_rollout(monkeypatch):
 
 def test_epochs_end_where_the_divergence_is_above_its_target(monkeypatch):
     epochs = []
-    made = po_book.train.minibatches
-    monkeypatch.setattr(po_book.train, "minibatches", lambda *args: epochs.append(1) or made(*args))
+    made = po_book.learner.minibatches
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *args: epochs.append(1) or made(*args))
     used = {}
     for target in None, 1e-9, 1e9:
         epochs.clear()
