@@ -119,7 +119,13 @@ class AsyncLearner(Learner):
 
 # %% ../nbs/37a_asynchronous.ipynb #4a0cccb8
 def _work(
-    worker: int, env: Env, config: A2CConfig, seed: int, shared: SharedWeights, log: object
+    worker: int,
+    env: Env,
+    config: A2CConfig,
+    seed: int,
+    shared: SharedWeights,
+    log: object,   # a queue
+    gate: object,  # a barrier
 ) -> None:
     "What a worker does until all have made enough transitions together."
     torch.set_num_threads(1)
@@ -127,6 +133,7 @@ def _work(
     parts = {f.name: getattr(made, f.name) for f in fields(Learner)}
     learner = AsyncLearner(**parts, shared=shared)
     learner.seen = shared.pull(learner.weights.data)
+    gate.wait()  # or the first would be done before the last has begun
     each, start = config.n_envs * config.n_steps, perf_counter()
     while (left := 1 - int(shared.updates) * each / config.total_steps) > 0:
         rollout, metrics = a2c_iteration(learner, config, left)
@@ -176,8 +183,8 @@ def a3c(
     vector = made.weights.data
     memory = vector.clone(), torch.zeros_like(vector), torch.zeros(1, dtype=torch.int64)
     memory = SharedWeights(*(x.share_memory_() for x in memory), context.Lock())
-    log = context.Queue()
-    what = env, config, seed, memory, log
+    log, gate = context.Queue(), context.Barrier(workers)
+    what = env, config, seed, memory, log, gate
     several = [context.Process(target=_work, args=(i, *what)) for i in range(workers)]
     for worker in several:
         worker.start()

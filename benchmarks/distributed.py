@@ -1,9 +1,11 @@
-"""Environments in one process beside environments in processes of their own.
+"""What processes cost: environments in their own, and an exchange between two.
 
-Run: python benchmarks/async_env.py [turns] [--record]
+Run: python benchmarks/distributed.py [turns] [--record]
 
-Eight environments that compute for a given time at every step. The two vectors take
-turns, so that a busy moment of the machine hits both; a number is the median of them.
+First eight environments that compute for a given time at every step, in a loop and in
+processes; the two take turns, so that a busy moment of the machine hits both. Then
+all-reduce between two processes on this machine (gloo), of vectors of several lengths.
+Numbers are medians.
 """
 
 import sys
@@ -14,11 +16,16 @@ from time import perf_counter, process_time
 
 import gymnasium as gym
 import numpy as np
+import torch
+import torch.distributed as dist
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from provenance import record
 
+from po_book.distributed import launch
+
 N, STEPS = 8, 40
 TIMES = 0, 100, 300, 1000, 3000  # µs
+LENGTHS = 1, 1000, 10_000, 100_000, 1_000_000, 4_000_000
 
 
 class Busy(gym.Env):
@@ -48,7 +55,8 @@ def step_time(env: VectorEnv) -> float:
     return 1e3 * (perf_counter() - start) / STEPS
 
 
-def main(turns: int, recording: bool) -> None:
+def environments(turns: int) -> tuple[list[str], list[list]]:
+    "A table of both vectors, a row for each time that a step computes."
     columns, rows = ["step, µs", "loop, ms", "processes, ms", "loop over processes"], []
     for micros in TIMES:
         makers = [partial(Busy, 1e-6 * micros)] * N
@@ -62,10 +70,37 @@ def main(turns: int, recording: bool) -> None:
         rows.append([micros, *(f"{x:.2f}" for x in (loop, processes, ratio))])
         for env in vectors:
             env.close()
-    for row in columns, *rows:
-        print("".join(f"{x:>22}" for x in row))
-    if recording:
-        record("async_env", columns, rows, environments=N, turns=turns, cores=cpu_count())
+    return columns, rows
+
+
+def exchange(turns: int) -> list[float]:
+    "Seconds of an all-reduce of each length, in this process."
+    found = []
+    for length in LENGTHS:
+        x, times = torch.ones(length), []
+        for _ in range(turns + 1):
+            start = perf_counter()
+            dist.all_reduce(x)
+            times.append(perf_counter() - start)
+        found.append(median(times[1:]))  # the first makes connections
+    return found
+
+
+def exchanges(turns: int) -> tuple[list[str], list[list]]:
+    "A table of what an exchange between two processes takes."
+    seconds, _ = launch(exchange, 2, turns)
+    columns = ["numbers", "ms", "GB/s"]
+    pairs = zip(LENGTHS, seconds)
+    return columns, [[n, f"{1e3 * s:.3f}", f"{4e-9 * n / s:.3f}"] for n, s in pairs]
+
+
+def main(turns: int, recording: bool) -> None:
+    for name, make in ("async_env", environments), ("all_reduce", exchanges):
+        columns, rows = make(turns)
+        for row in columns, *rows:
+            print("".join(f"{x:>22}" for x in row))
+        if recording:
+            record(name, columns, rows, turns=turns, cores=cpu_count())
 
 
 if __name__ == "__main__":
