@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from math import inf
 from queue import Empty
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ class AsyncLearner(Learner):
         self.lr = lr
 
     def minimise(
-        self, name: str, loss: Loss, max_grad_norm: float = inf, **inputs: Tensor | float
+        self, name: str, loss: Loss, max_grad_norm: float = inf, **inputs: Any
     ) -> dict[str, Tensor]:
         "Push the gradient of the loss, pull the weights, and note the staleness."
         value, noted = loss(**inputs)

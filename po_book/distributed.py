@@ -52,7 +52,9 @@ class Wire:
         self.sent += x.numel() * x.element_size()
         return dist.isend(x.contiguous(), to)
 
-    def receive(self, like: Shaped[Tensor, "..."], source: int) -> Shaped[Tensor, "..."]:
+    def receive(
+        self, like: Shaped[Tensor, "..."], source: int
+    ) -> Shaped[Tensor, "..."]:
         "A tensor of this shape, from process `source`."
         x = torch.empty_like(like)
         dist.recv(x, source)
@@ -129,7 +131,7 @@ def shared_descent(
 
 # %% ../nbs/37_distributed.ipynb #8e3e9313
 class RowsOfAll(TorchFunctionMode):
-    "Random numbers are drawn for the rows of all processes, and a process keeps its own."
+    "Random numbers are drawn for the rows of all processes; each keeps its own."
 
     fills = "uniform_", "normal_", "exponential_", "bernoulli_", "random_"
 
@@ -138,27 +140,28 @@ class RowsOfAll(TorchFunctionMode):
         self.rank, self.size = rank, size
 
     def __torch_function__(
-        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+        self, f: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        "Call `f`. Raises: `ValueError` if it draws in another way than `fills`."
         kwargs = kwargs or {}
         if kwargs.get("generator") is None:
-            return function(*args, **kwargs)
-        name, known = function.__name__, ", ".join(self.fills)
+            return f(*args, **kwargs)
+        name, known = f.__name__, ", ".join(self.fills)
         require(name in self.fills, "drawing in act", f"by one of {known}", name)
         x, *how = args
         every = x.new_empty(self.size, *x.shape)
-        return x.copy_(function(every, *how, **kwargs)[self.rank])
+        return x.copy_(f(every, *how, **kwargs)[self.rank])
 
 # %% ../nbs/37_distributed.ipynb #a62915c2
 class Group(Alone):
     "All processes that train together, each with as many environments."
 
-    store: ClassVar[dist.Store]  # where they leave word when something goes wrong
+    store: ClassVar[dist.Store | None] = None  # where they leave word of an error
     patience = 10.0  # seconds in which everybody notices that
 
     def __init__(self, n_envs: int):
-        self.rank, self.size, self.n_envs = dist.get_rank(), dist.get_world_size(), n_envs
-        self.first = self.rank == 0
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.first, self.n_envs = self.rank == 0, n_envs
         self.rows = RowsOfAll(self.rank, self.size)
 
     def call(self, collective: Callable, *args: Any, **how: Any) -> None:
@@ -177,6 +180,8 @@ class Group(Alone):
 
     def silent(self) -> list[int]:
         "Who does not notice that something is wrong: those who hang or are no more."
+        if self.store is None:
+            return []
         self.store.set(f"noticed/{self.rank}", "")
         end, left = monotonic() + self.patience, [*range(self.size)]
         while left and monotonic() < end:
@@ -232,7 +237,7 @@ class Group(Alone):
     def own_rows(
         self, batch: dict[str, Tensor], rows: Shaped[Tensor, "K"]
     ) -> dict[str, Tensor]:
-        "Of `rows` of the long row of all, those of this process, or one that is masked."
+        "Those of `rows` of all that are of this process, or one that is masked."
         step, env = rows // (self.n_envs * self.size), rows % (self.n_envs * self.size)
         here = env // self.n_envs == self.rank
         own = (step * self.n_envs + env % self.n_envs)[here]
@@ -268,7 +273,7 @@ class SharedLearner(Learner):
     "A learner whose gradient is that of all processes."
 
     def minimise(
-        self, name: str, loss: Loss, max_grad_norm: float = inf, **inputs: Tensor | float
+        self, name: str, loss: Loss, max_grad_norm: float = inf, **inputs: Any
     ) -> dict[str, Tensor]:
         "One gradient step on the loss of all rows, and what is to be noted of it."
         value, noted = loss(**inputs)
@@ -311,16 +316,16 @@ def shared_learner(
     """
     size, kind = dist.get_world_size(), type(env).__name__
     each = not isinstance(env, VectorEnv)
-    require(each, "env", "an id or a function, so that every process makes its own", kind)
-    whole = config.n_envs % size == 0
-    require(whole, "n_envs", f"a multiple of {size}, the number of processes", config.n_envs)
-    own, device = replace(config, n_envs=config.n_envs // size), torch.device(device).type
-    single = isinstance(env, str) and env not in TENSOR_ENVS
-    env = partial(gym.make, env) if single else env  # each with its own random numbers
-    learner = new_learner(env, seed, own, find_device(device), backend, policy)
-    learner = SharedLearner(**{f.name: getattr(learner, f.name) for f in fields(Learner)})
+    require(each, "env", "an id or a function, so that each process makes some", kind)
+    n, rule = config.n_envs, f"a multiple of {size}, the number of processes"
+    require(n % size == 0, "n_envs", rule, n)
+    own, device = replace(config, n_envs=n // size), torch.device(device).type
+    if isinstance(env, str) and env not in TENSOR_ENVS:
+        env = partial(gym.make, env)  # each with its own random numbers
+    made = new_learner(env, seed, own, find_device(device), backend, policy)
+    learner = SharedLearner(**{f.name: getattr(made, f.name) for f in fields(Learner)})
     learner.group, learner.extra = Group(own.n_envs), config.prepare(learner.policy)
-    learner.so_far = learner.so_far.new_zeros(config.n_envs)
+    learner.so_far = made.so_far.new_zeros(n)
     learner.group.call(dist.broadcast, learner.weights.data, 0)
     learner.reset(spawn_seed(seed, "starts"))
     return learner

@@ -197,6 +197,9 @@ def everything():
     seen["images"] = learned(train_together, "a2c", Bright, config=CONFIGS["a2c"])
     more = dict(config=CONFIGS["a2c"], progress=False, report=lambda row: row["steps"] < 200)
     seen["stopped"] = len(train_together("a2c", cartpole, **more).log)
+    graded = dict(config=replace(CONFIGS["a2c"], eval_every=200, eval_episodes=3, solved_at=1.0))
+    log = train_together("a2c", cartpole, progress=False, **graded).log
+    seen["solved"] = [row.get("mean_return") for row in log]
     return seen | {"hangs": hangs()}
 
 

@@ -126,6 +126,12 @@ def test_an_early_stop_is_of_all(seen):
     assert [seen[rank]["stopped"] for rank in (0, 1)] == [2, 2]
 
 
+def test_the_first_one_grades_and_all_stop_when_it_is_solved(seen):
+    assert seen[0]["solved"] == seen[1]["solved"]
+    assert len(seen[0]["solved"]) == 2 and seen[0]["solved"][0] is None
+    assert seen[0]["solved"][1] > 1
+
+
 def test_one_that_hangs_is_named(seen):
     assert "process 1 of 2 did not answer" in seen[0]["hangs"]
     assert seen[1]["hangs"] == "slept"
