@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 
@@ -186,10 +187,28 @@ def hangs():
         return str(error)
 
 
+def volume():
+    "Bytes that one iteration of PPO gives to each kind of exchange, and its weights."
+    counts, call = Counter(), Group.call
+
+    def count(self, collective, *args, **how):
+        sizes = [x.numel() * x.element_size() for x in args if torch.is_tensor(x)]
+        counts[collective.__name__] += sum(sizes)
+        call(self, collective, *args, **how)
+
+    Group.call = count
+    kept = []
+    config = replace(CONFIGS["ppo"], total_steps=100)
+    look = dict(report=lambda row, run, learner: kept.append(len(learner.weights)))
+    train_together("ppo", cartpole, config=config, progress=False, **look)
+    Group.call = call
+    return dict(counts), kept
+
+
 def everything():
     "All that two processes are asked; what breaks the group comes last."
     seen = {"numbers": numbers(), "refused": refused()}
-    seen["descent"] = shared_descent(7, 3)
+    seen["descent"], seen["volume"] = shared_descent(7, 3), volume()
     for env in cartpole, "po_book/CartPole-v1":
         for name, config in CONFIGS.items():
             seen[label(env), name] = learned(train_together, name, env, config=config)

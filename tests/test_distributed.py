@@ -108,6 +108,17 @@ def test_server_and_ring_find_the_mean_and_send_what_the_equation_says(seen):
     assert sum(x["ring_step"][1] for x in (first, second)) == 2 * 7 * 8 * 3
 
 
+def test_an_iteration_sends_a_gradient_a_step_and_its_rows_once(seen):
+    "Two epochs of six minibatches; 64 rows are of this process."
+    bytes_sent, (weights,) = seen[0]["volume"]
+    assert bytes_sent["all_reduce"] == 12 * 4 * (weights + 1)
+    assert bytes_sent["broadcast"] == 4 * weights
+    scale = 64 * (4 + 1 + 1)
+    moments, watched = 12 * 3 * 8, 64 * (5 * 4 + 1)
+    rows = 64 * (4 * 4 + 4 + 3)  # four observations, a reward, three flags
+    assert bytes_sent["all_gather"] == scale + moments + watched + rows
+
+
 def test_what_cannot_be_shared_is_refused_in_all_processes(seen):
     for rank in (0, 1):
         said = seen[rank]["refused"]
