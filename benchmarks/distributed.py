@@ -10,7 +10,7 @@ Numbers are medians.
 
 import sys
 from functools import partial
-from os import cpu_count
+from os import cpu_count, getloadavg
 from statistics import median
 from time import perf_counter, process_time
 
@@ -100,7 +100,8 @@ def main(turns: int, recording: bool) -> None:
         for row in columns, *rows:
             print("".join(f"{x:>22}" for x in row))
         if recording:
-            record(name, columns, rows, turns=turns, cores=cpu_count())
+            load = f"load average {getloadavg()[0]:.1f} of {cpu_count()} cores"
+            record(name, columns, rows, turns=turns, load=load)
 
 
 if __name__ == "__main__":

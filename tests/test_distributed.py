@@ -28,7 +28,7 @@ COMMAND = ["-m", "po_book.cli", "train", "ppo", "--env", "distributed_workers:Mo
 @pytest.fixture(scope="module")
 def seen():
     "What each of two processes has seen, all in one launch."
-    return launch(workers.everything, 2, timeout=200)
+    return launch(workers.everything, 2, timeout=600)
 
 
 ENVS = workers.cartpole, "po_book/CartPole-v1"
@@ -188,7 +188,7 @@ def undisturbed():
 def test_a_worker_that_is_killed_is_named_and_its_run_goes_on(tmp_path, undisturbed):
     out = tmp_path / "run"
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *COMMAND, "--out", str(out)]
-    done = subprocess.run(command, env=environment(DIES_IN="0"), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(DIES_IN="0"), capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
     cause = done.stderr[done.stderr.index("Root Cause") :]
     assert re.search(r"rank\s*: 1 \(local_rank: 1\)", cause) and "Signal 9 (SIGKILL)" in cause
@@ -197,7 +197,7 @@ def test_a_worker_that_is_killed_is_named_and_its_run_goes_on(tmp_path, undistur
     assert len(state["learner"]["steppers"]) == 2
     assert 250 <= float(read_log(out)[-1]["steps"]) < 700
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "po_book.cli", "resume", str(out)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.testing.assert_close(weights(out), undisturbed, atol=1e-6, rtol=0)
 
@@ -205,12 +205,13 @@ def test_a_worker_that_is_killed_is_named_and_its_run_goes_on(tmp_path, undistur
 def test_two_hosts_meet_and_start_again_when_a_worker_dies(tmp_path, undisturbed):
     out = tmp_path / "run"
     meet = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d",
-            f"--rdzv-endpoint=localhost:{workers.free_port()}", "--rdzv-id=test", "--local-addr=localhost"]  # fmt: skip
+            f"--rdzv-endpoint=localhost:{workers.free_port()}", "--rdzv-id=test", "--local-addr=localhost",
+            "--rdzv-conf=keep_alive_max_attempt=60"]  # fmt: skip
     command = [*TORCHRUN, *meet, *COMMAND, "--out", str(out)]
     how = dict(env=environment(DIES_IN="0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     hosts = [subprocess.Popen(command, start_new_session=True, **how) for _ in range(2)]
     try:
-        said = [host.communicate(timeout=300) for host in hosts]
+        said = [host.communicate(timeout=900) for host in hosts]
     finally:
         for host in hosts:
             if host.poll() is None:
