@@ -10,6 +10,7 @@ __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'C
 # %% ../nbs/35_train.ipynb #1364a332
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from .advantage import normalize
-from .batch import RewardScale, critic_batch, minibatches
+from .batch import RewardScale, critic_batch
 from po_book.checks import (
     check_at_least, check_in, check_known, check_positive, check_whole, require
 )
@@ -105,8 +106,9 @@ def rollout_batch(
 ) -> dict[str, Tensor]:
     "What is learned from; the rollout itself keeps its rewards, for the log."
     if scale := learner.extra.get("reward_scale"):
-        rewards = scale(rollout.rewards, rollout.done, rollout.valid)
-        rollout = replace(rollout, rewards=rewards)
+        columns = rollout.rewards, rollout.done, rollout.valid
+        scaled = scale(*map(learner.group.everyone, columns))
+        rollout = replace(rollout, rewards=learner.group.mine(scaled))
     return critic_batch(learner.policy, rollout, config.gamma, config.lam)
 
 # %% ../nbs/35_train.ipynb #870a604c
@@ -137,7 +139,7 @@ def a2c_iteration(
     def loss(obs, actions, logp, advantages, returns, mask=None) -> tuple:
         now, entropy = policy.evaluate(obs, actions)
         each = {
-            "policy_loss": -now * normalize(advantages, mask),
+            "policy_loss": -now * learner.group.normalize(advantages, mask),
             "value_loss": value_loss(policy.value(obs), returns),
             "entropy": entropy,
         }
@@ -211,12 +213,12 @@ def trpo_iteration(
     remaining: float,  # fraction of the run that is left
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Collect a rollout, take one natural step on it, and fit the critic to it."
-    policy = learner.policy
+    policy, group = learner.policy, learner.group
     learner.set_lr(config.lr * config.pace(remaining))
     rollout = learner.collect(config.n_steps)
     batch = rollout_batch(learner, rollout, config)
     obs, mask = batch["obs"], batch.get("mask")
-    advantages = normalize(batch["advantages"], mask)
+    advantages = group.normalize(batch["advantages"], mask)
     with torch.no_grad():
         old = policy.distribution(obs)
 
@@ -232,10 +234,12 @@ def trpo_iteration(
         return mean, {"value_loss": mean.detach()}
 
     actor, limits = policy.actor_parameters(), (config.max_kl, config.damping)
-    metrics = trpo_step(actor, surrogate, divergence, *limits, config.cg_iterations)
+    share = partial(group.average, rows=len(obs) if mask is None else mask.sum())
+    search = *limits, config.cg_iterations
+    metrics = trpo_step(actor, surrogate, divergence, *search, share=share)
     history = []
     for _ in range(config.epochs):
-        for part in minibatches(batch, config.minibatch, learner.order):
+        for part in group.minibatches(batch, config.minibatch, learner.order):
             noted = learner.minimise("error", error, config.max_grad_norm, **part)
             history.append(noted)
     return rollout, metrics | mean_metrics(history)
@@ -294,7 +298,7 @@ class PPOConfig(EpochsConfig):
 # %% ../nbs/35_train.ipynb #60cffaa4
 def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Tensor]]:
     "An epoch of gradient steps: a function of numbers that change and of the batch."
-    policy = learner.policy
+    policy, group = learner.policy, learner.group
     bounds = dict(dual_clip=config.dual_clip, value_clip=config.clip_value)
     coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
 
@@ -302,7 +306,7 @@ def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Ten
         "Of a minibatch; `logp` is of the policy that sampled it."
         old = None if config.clip_value is None else returns - advantages
         if config.normalize_advantages:
-            advantages = normalize(advantages, mask)
+            advantages = group.normalize(advantages, mask)
         now, entropy = policy.evaluate(obs, actions)
         data = now, logp, advantages, entropy, policy.value(obs), returns
         low, high = (None, None) if config.clip is None else (low, high)
@@ -314,7 +318,7 @@ def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Ten
 
     def epoch(low, high, beta, **batch: Tensor) -> dict[str, Tensor]:
         live = dict(low=low, high=high, beta=beta)
-        for part in minibatches(batch, config.minibatch, learner.order):
+        for part in group.minibatches(batch, config.minibatch, learner.order):
             learner.minimise("loss", loss, config.max_grad_norm, **live, **part)
         return {}
 
@@ -323,14 +327,16 @@ def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Ten
 # %% ../nbs/35_train.ipynb #3209d6a8
 @torch.no_grad()
 def _watched(
-    policy: Policy, batch: dict[str, Tensor], low: float, high: float
+    learner: Learner, batch: dict[str, Tensor], low: float, high: float
 ) -> dict[str, Tensor]:
     "How far the policy is from the one that sampled, and how good the critic was."
-    now, entropy = policy.evaluate(batch["obs"], batch["actions"])
+    now, entropy = learner.policy.evaluate(batch["obs"], batch["actions"])
     values = batch["returns"] - batch["advantages"]
-    data = now, batch["logp"], entropy, values, batch["returns"]
+    data = dict(logp=now, logp_old=batch["logp"], entropy=entropy, values=values)
+    data |= {name: batch[name] for name in ("returns", "mask") if name in batch}
+    data = {name: learner.group.everyone(x, 0) for name, x in data.items()}
     clip = dict(clip_low=low, clip_high=high) if low < 1 else dict(clip_low=None)
-    return ppo_metrics(*data, **clip, mask=batch.get("mask"))
+    return ppo_metrics(**data, **clip)
 
 # %% ../nbs/35_train.ipynb #a39b8e55
 def ppo_epochs(
@@ -340,7 +346,7 @@ def ppo_epochs(
     remaining: float,          # fraction of the run that is left
 ) -> dict[str, Tensor]:
     "Improve the clipped objective on a batch for a few epochs."
-    policy, pace = learner.policy, config.pace(remaining)
+    pace = config.pace(remaining)
     adaptive, epoch = learner.extra.get("kl"), _improve(learner, config)
     learner.set_lr(config.lr * pace)
     low, high = config.band(pace)
@@ -349,9 +355,9 @@ def ppo_epochs(
         learner.run("epoch", epoch, low=low, high=high, beta=beta, **batch)
         if config.target_kl is None:
             continue
-        if _watched(policy, batch, low, high)["approx_kl"] > config.target_kl:
+        if _watched(learner, batch, low, high)["approx_kl"] > config.target_kl:
             break
-    metrics = _watched(policy, batch, low, high)
+    metrics = _watched(learner, batch, low, high)
     if adaptive:
         adaptive.update(metrics["approx_kl"])
         metrics["kl_coef"] = beta

@@ -97,7 +97,7 @@ FAULTS = [
     Fault("evaluation-step", "runner.py", 'spawn_seed(run.seed, "evaluation", row["steps"])', 'spawn_seed(run.seed, "evaluation")', "test_seeds.py"),
     Fault("evaluation-seed", "runner.py", 'spawn_seed(run.seed, "evaluation", row["steps"])', "run.seed", "test_seeds.py"),
     Fault("restart-seed", "runner.py", 'spawn_seed(run.seed, "starts", run.steps)', 'spawn_seed(run.seed, "starts")', "test_resume.py -k captured"),
-    Fault("restart-sum", "runner.py", "                part.so_far.zero_()", "                pass", "test_resume.py -k captured"),
+    Fault("restart-sum", "learner.py", "                part.so_far.zero_()", "                pass", "test_resume.py -k captured"),
     # Gradients, trust regions, values, ratios
     Fault("returns-stop", "policy_gradient.py", "        stop[-1] = True  # there are no data below the last row\n", "", "test_policy_gradient.py"),
     Fault("returns-chunk", "policy_gradient.py", "            decays[t].mul_(decays[t + 1])\n", "", "test_policy_gradient.py test_advantage.py"),
