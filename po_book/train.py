@@ -107,8 +107,8 @@ def rollout_batch(
     "What is learned from; the rollout itself keeps its rewards, for the log."
     if scale := learner.extra.get("reward_scale"):
         columns = rollout.rewards, rollout.done, rollout.valid
-        scaled = scale(*map(learner.group.everyone, columns))
-        rollout = replace(rollout, rewards=learner.group.mine(scaled))
+        scaled = learner.group.mine(scale(*map(learner.group.everyone, columns)))
+        rollout = replace(rollout, rewards=scaled)
     return critic_batch(learner.policy, rollout, config.gamma, config.lam)
 
 # %% ../nbs/35_train.ipynb #870a604c
@@ -124,8 +124,7 @@ class A2CConfig(CriticConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        coefs = dict(value_coef=self.value_coef, entropy_coef=self.entropy_coef)
-        check_in("[0, inf)", **coefs)
+        check_in("[0, inf)", value_coef=self.value_coef, entropy_coef=self.entropy_coef)
 
 # %% ../nbs/35_train.ipynb #b5bfcddb
 def a2c_iteration(
@@ -278,8 +277,8 @@ class PPOConfig(EpochsConfig):
         if self.kl_target is not None:
             require(self.kl_coef, "kl_coef", "positive, to be adapted", self.kl_coef)
         if self.normalize_advantages and self.minibatch == 1:
-            raise ValueError("one transition has no deviation: with minibatch=1 set"
-                             " normalize_advantages=False")
+            hint = "with minibatch=1 set normalize_advantages=False"
+            raise ValueError(f"one transition has no deviation: {hint}")
 
     def band(self, pace: float) -> tuple[float, float]:
         "How far the ratio may go below one and above, at this share of the clip range."
@@ -388,9 +387,8 @@ ALGORITHMS: dict[str, Algorithm] = {
 # %% ../nbs/35_train.ipynb #c0deece5
 #| code-fold: true
 _AS_IT_IS = dict(normalize_obs=False, normalize_rewards=False)  # of unit size already
-_FAST = _AS_IT_IS | dict(
-    total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, epochs=8, minibatch=256
-)
+_FAST = _AS_IT_IS | dict(total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, epochs=8,
+                         minibatch=256)
 _CARTPOLE = {
     "a2c": _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32),
     "trpo": _FAST,
@@ -401,17 +399,14 @@ PRESETS: dict[tuple[str, str], dict] = {
     **{(method, "po_book/CartPole-v1"): known for method, known in _CARTPOLE.items()},
     ("ppo", "Acrobot-v1"): _FAST | dict(total_steps=100_000),
     # All episodes last 200 steps side by side: a shorter rollout has seen one phase.
-    ("ppo", "Pendulum-v1"): _FAST | dict(
-        total_steps=150_000, n_steps=200, minibatch=64, gamma=0.95
-    ),
+    ("ppo", "Pendulum-v1"): _FAST | dict(total_steps=150_000, n_steps=200, minibatch=64,
+                                         gamma=0.95),
     ("trpo", "Pendulum-v1"): _FAST | dict(
         total_steps=200_000, n_envs=32, n_steps=200, epochs=10, gamma=0.95, lam=0.95,
         max_grad_norm=100.0, max_kl=0.02,
     ),
-    ("ppo", "LunarLander-v3"): _FAST | dict(
-        total_steps=600_000, n_steps=256, lr=2e-3, gamma=0.995, lam=0.98,
-        max_grad_norm=10.0,
-    ),
+    ("ppo", "LunarLander-v3"): _FAST | dict(total_steps=600_000, n_steps=256, lr=2e-3,
+                                            gamma=0.995, lam=0.98, max_grad_norm=10.0),
 }
 
 
@@ -441,26 +436,25 @@ def train(
 ) -> Run:
     """Train `algorithm` on `env`.
 
-    A row of the log has the transitions so far (`steps`), the `seconds` spent on
-    collecting and learning, the mean `return` of the latest hundred training episodes,
-    the algorithm's metrics, and the `mean_return` of fresh episodes where an evaluation
-    was due. The same seed on the same device gives the same run.
+    A row of the log has the transitions so far (`steps`), the `seconds` of collecting
+    and learning, the mean `return` of the latest hundred episodes, the algorithm's
+    metrics, and the `mean_return` of fresh episodes where an evaluation was due.
+    The same seed on the same device gives the same run.
 
     `report` is called with the row, or, if it has three parameters, with the row, the
     `Run` and the `Learner`. If it returns `False` the run is saved and ends there.
 
     Raises: `ValueError` if the algorithm is unknown, if `config` belongs to another, if
-    no policy fits the environment's spaces or the one that is given lacks what the
-    method needs, if an observation or a reward is not finite, if the device is not
-    there or `out` holds a run; `Diverged` if the weights are not finite;
-    `gymnasium.error.Error` if the environment is not registered.
+    no policy fits the spaces or the one that is given lacks what the method needs, if
+    an observation or a reward is not finite, if the device is not there or `out` holds
+    a run; `Diverged` if weights are not finite; `gymnasium.error.Error` if the
+    environment is not registered.
     """
     default = default_config(algorithm, env)
     config = default if config is None else config
-    how = dict(seed=seed, device=device, backend=backend)
-    how |= dict(policy=policy, eval_env=eval_env)
-    shown = dict(out=out, progress=progress, report=report)
-    return start_run(algorithm, ALGORITHMS[algorithm], env, config, **how, **shown)
+    how = dict(seed=seed, device=device, backend=backend, policy=policy)
+    how |= dict(out=out, progress=progress, report=report, eval_env=eval_env)
+    return start_run(algorithm, ALGORITHMS[algorithm], env, config, **how)
 
 # %% ../nbs/35_train.ipynb #8d38b7ea
 #| code-fold: true
