@@ -202,27 +202,6 @@ def test_a_worker_that_is_killed_is_named_and_its_run_goes_on(tmp_path, undistur
     torch.testing.assert_close(weights(out), undisturbed, atol=1e-6, rtol=0)
 
 
-def test_two_hosts_meet_and_are_one_run(tmp_path, undisturbed):
-    out = tmp_path / "run"
-    meet = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d",
-            f"--rdzv-endpoint=localhost:{workers.free_port()}", "--rdzv-id=test", "--local-addr=localhost",
-            "--rdzv-conf=keep_alive_max_attempt=60"]  # fmt: skip
-    command = [*TORCHRUN, *meet, *COMMAND, "--out", str(out)]
-    how = dict(env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    hosts = [subprocess.Popen(command, start_new_session=True, **how) for _ in range(2)]
-    try:
-        said = [host.communicate(timeout=900) for host in hosts]
-    finally:
-        for host in hosts:
-            if host.poll() is None:
-                os.killpg(host.pid, signal.SIGKILL)
-    assert [host.returncode for host in hosts] == [0, 0], said
-    assert sum(text.count("fresh episodes") for text, _ in said) == 1
-    files = {p.name.split(".tfevents")[0] for p in out.iterdir()}
-    assert files == {"run.json", "checkpoint.pt", "log.csv", "events.out"}
-    torch.testing.assert_close(weights(out), undisturbed, atol=1e-6, rtol=0)
-
-
 @pytest.mark.filterwarnings("ignore:.*capture")
 def test_environments_in_other_processes_are_the_same_run():
     kinds = (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv)
@@ -232,14 +211,3 @@ def test_environments_in_other_processes_are_the_same_run():
         runs.append(train("ppo", vector, config=workers.CONFIGS["ppo"], progress=False))
         vector.close()
     assert all(map(torch.equal, *(run.policy.parameters() for run in runs)))
-
-
-def test_processes_are_started_again_and_go_on(tmp_path, undisturbed):
-    out = tmp_path / "run"
-    again = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    command = [*TORCHRUN, *again, *COMMAND, "--out", str(out)]
-    how = dict(env=environment(DIES_IN="0"), capture_output=True, text=True, timeout=900)
-    done = subprocess.run(command, **how)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "exitcode: -9" in done.stderr
-    torch.testing.assert_close(weights(out), undisturbed, atol=1e-6, rtol=0)
