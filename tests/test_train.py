@@ -160,7 +160,7 @@ def test_trpo_stays_in_its_region():
 def test_trpo_moves_the_actor_by_the_natural_step_alone(env_id, monkeypatch):
     "Without that step an iteration changes the critic, and the actor not by one bit."
     none = {"gain": 0.0, "kl": 0.0, "fraction": 0.0}
-    monkeypatch.setattr(po_book.train, "trpo_step", lambda *args: none)
+    monkeypatch.setattr(po_book.train, "trpo_step", lambda *args, **how: none)
     learner = new_learner(env_id, 0, SMALL["trpo"])
     policy = learner.policy
     actor, critic = policy.actor_parameters(), list(policy.critic.parameters())
@@ -448,8 +448,8 @@ def test_the_value_clip_is_around_the_values_of_the_rollout(monkeypatch):
 
 def test_epochs_end_where_the_divergence_is_above_its_target(monkeypatch):
     epochs = []
-    made = po_book.train.minibatches
-    monkeypatch.setattr(po_book.train, "minibatches", lambda *args: epochs.append(1) or made(*args))
+    made = po_book.learner.minibatches
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *args: epochs.append(1) or made(*args))
     used = {}
     for target in None, 1e-9, 1e9:
         epochs.clear()
