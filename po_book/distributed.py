@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOGETHER', 'Wire', 'central_step', 'ring_sum', 'ring_step', 'shared_descent', 'RowsOfAll', 'Group', 'SharedLearner',
-           'shared_learner', 'shared', 'joined', 'launch', 'resume_together', 'train_together', 'weights_of']
+           'shared_learner', 'shared', 'joined', 'launch', 'resume_together', 'train_together']
 
 # %% ../nbs/37_distributed.ipynb #ca7d82a1
 import os
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from gymnasium.vector import VectorEnv
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -163,6 +163,7 @@ class Group(Alone):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.first, self.n_envs = self.rank == 0, n_envs
         self.rows = RowsOfAll(self.rank, self.size)
+        self.valid: Bool[Tensor, "T N"]  # which rows of all are transitions
 
     def call(self, collective: Callable, *args: Any, **how: Any) -> None:
         """What all processes do together.
@@ -189,15 +190,26 @@ class Group(Alone):
             left = [r for r in left if not self.store.check([f"noticed/{r}"])]
         return left
 
-    def everyone(
-        self, x: Shaped[Tensor, "..."], axis: int = 1
-    ) -> Shaped[Tensor, "..."]:
-        "What all processes have, side by side along an axis."
+    def everyone(self, x: Shaped[Tensor, "T B *n"]) -> Shaped[Tensor, "T N *n"]:
+        "The columns of all processes, side by side."
         kind, x = x.dtype, (x.byte() if x.dtype == torch.bool else x).contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         if x.numel():
             self.call(dist.all_gather, parts, x)
-        return torch.cat(parts, axis).to(kind)
+        return torch.cat(parts, 1).to(kind)
+
+    def kept(self, batch: dict[str, Tensor]) -> Bool[Tensor, "T N"]:
+        "Which rows of all are in batches such as this one."
+        return torch.ones_like(self.valid) if "mask" in batch else self.valid
+
+    def rows_of_all(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        "The batch of one process with all environments."
+        kept = self.kept(batch)
+        own = self.mine(kept)
+        places = {n: x.new_empty(own.shape) for n, x in batch.items()}
+        for name, x in batch.items():
+            places[name][own] = x
+        return {name: self.everyone(x)[kept] for name, x in places.items()}
 
     def mine(self, x: Shaped[Tensor, "T N"]) -> Shaped[Tensor, "T B"]:
         "The columns of this process among those of everyone."
@@ -230,21 +242,20 @@ class Group(Alone):
         self, batch: dict[str, Tensor], size: int, order: torch.Generator
     ) -> list[dict[str, Tensor]]:
         "The rows of this process in every minibatch of all rows."
-        rows = torch.arange(len(batch["obs"]) * self.size, device=order.device)
-        parts = minibatches({"row": rows}, size, order)
+        kept = self.kept(batch)
+        own, rows = self.mine(kept), torch.full_like(kept, -1, dtype=torch.int64)
+        self.mine(rows)[own] = torch.arange(int(own.sum()), device=kept.device)
+        parts = minibatches({"row": rows[kept]}, size, order)
         return [self.own_rows(batch, part["row"]) for part in parts]
 
     def own_rows(
-        self, batch: dict[str, Tensor], rows: Shaped[Tensor, "K"]
+        self, batch: dict[str, Tensor], rows: Int64[Tensor, "K"]
     ) -> dict[str, Tensor]:
-        "Those of `rows` of all that are of this process, or one that is masked."
-        step, env = rows // (self.n_envs * self.size), rows % (self.n_envs * self.size)
-        here = env // self.n_envs == self.rank
-        own = (step * self.n_envs + env % self.n_envs)[here]
-        if len(own):
+        "Those that are not of others, who have -1, or one that is masked."
+        if len(own := rows[rows >= 0]):
             return {name: column[own] for name, column in batch.items()}
         part = {name: column[:1] for name, column in batch.items()}
-        return part | {"mask": torch.zeros(1, dtype=torch.bool, device=rows.device)}
+        return part | {"mask": torch.zeros_like(part["logp"], dtype=torch.bool)}
 
     def agree(self, x: Any) -> Any:
         "What the first process says."
@@ -291,7 +302,9 @@ class SharedLearner(Learner):
     def collect(self, steps: int) -> Rollout:
         "`steps` steps in every environment of this process."
         with self.group.rows:
-            return super().collect(steps)
+            rollout = super().collect(steps)
+        self.group.valid = self.group.everyone(rollout.valid)
+        return rollout
 
     def reset(self, seed: int) -> None:
         "Start new episodes, as the same environments of one process would."
@@ -340,10 +353,10 @@ def shared(
         rollout, metrics = algorithm.iteration(learner, config, remaining)
         image = rollout.obs.dtype == torch.uint8
         seen = rollout.obs[..., :0] if image else rollout.obs  # for running means
-        names = "rewards", "terminated", "truncated", "valid"
+        names, group = ("rewards", "terminated", "truncated"), learner.group
         columns = {n: getattr(rollout, n) for n in names} | {"obs": seen}
-        everyone = {n: learner.group.everyone(x) for n, x in columns.items()}
-        return replace(rollout, **everyone), metrics
+        everyone = {n: group.everyone(x) for n, x in columns.items()}
+        return replace(rollout, **everyone, valid=group.valid), metrics
 
     return Algorithm(algorithm.config, iteration)
 
@@ -485,13 +498,3 @@ def train_together(
             return resume_together(out, config=type(config), env=own, **again)
         what = algorithm, TOGETHER[algorithm], env, config
         return start_run(*what, seed=seed, out=out, make=shared_learner, **how)
-
-# %% ../nbs/37_distributed.ipynb #04adfc96
-def weights_of(
-    algorithm: str,  # a key of `TOGETHER`
-    env: Env,        # as in `train`
-    config: Config,
-) -> list[float]:
-    "The weights after a run of all processes, in one row."
-    run = train_together(algorithm, env, config=config, progress=False)
-    return torch.cat([p.detach().flatten() for p in run.policy.parameters()]).tolist()

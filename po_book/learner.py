@@ -32,11 +32,13 @@ class Alone:
 
     first = True  # one of them writes, shows and reports
 
-    def everyone(
-        self, x: Shaped[Tensor, "..."], axis: int = 1
-    ) -> Shaped[Tensor, "..."]:
-        "What all processes have, side by side along an axis."
+    def everyone(self, x: Shaped[Tensor, "T B *n"]) -> Shaped[Tensor, "T N *n"]:
+        "The columns of all processes, side by side."
         return x
+
+    def rows_of_all(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        "The batch of one process with all environments."
+        return batch
 
     def mine(self, x: Shaped[Tensor, "T N"]) -> Shaped[Tensor, "T B"]:
         "The columns of this process among those of everyone."
@@ -78,7 +80,6 @@ class Alone:
     def unpack(self, state: dict[str, Any]) -> dict[str, Any]:
         "The part of this process in a checkpoint of all."
         return {name: part for name, part in state.items() if name != "steppers"}
-
 
 # %% ../nbs/33a_learner.ipynb #de260a28
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # of tensors; what to note

@@ -333,7 +333,7 @@ def _watched(
     values = batch["returns"] - batch["advantages"]
     data = dict(logp=now, logp_old=batch["logp"], entropy=entropy, values=values)
     data |= {name: batch[name] for name in ("returns", "mask") if name in batch}
-    data = {name: learner.group.everyone(x, 0) for name, x in data.items()}
+    data = learner.group.rows_of_all(data)
     clip = dict(clip_low=low, clip_high=high) if low < 1 else dict(clip_low=None)
     return ppo_metrics(**data, **clip)
 

@@ -127,12 +127,27 @@ def refusal(function, *args, **how):
         return str(error)
 
 
-def parts_alone():
-    order = torch.Generator().manual_seed(0)
-    rows = {"obs": torch.arange(32), "advantages": torch.arange(32)}
-    return [p["advantages"].tolist() for p in minibatches(rows, 3, order)] + [
-        p["advantages"].tolist() for p in minibatches(rows, 32, order)
+LOST = torch.ones(8, 4, dtype=torch.bool)  # false where a row is no transition
+LOST[2, 1] = LOST[5] = LOST[6, 3] = False
+
+
+def parts_alone(valid):
+    "Numbers of the rows in minibatches of three, and in one of all."
+    order, rows = torch.Generator().manual_seed(0), torch.arange(32)[valid.flatten()]
+    return [
+        part["logp"].tolist() for size in (3, 32) for part in minibatches({"logp": rows}, size, order)
     ]
+
+
+def own_parts(group, valid):
+    "The same in one of two processes."
+    order, group.valid, parts = torch.Generator().manual_seed(0), valid, []
+    rows = group.mine(torch.arange(32).view(8, 4))[group.mine(valid)]
+    for size in 3, 32:
+        for part in group.minibatches({"obs": rows, "logp": rows}, size, order):
+            kept = part.get("mask", torch.ones(len(part["obs"]), dtype=torch.bool))
+            parts.append(part["logp"][kept].tolist())
+    return parts
 
 
 def numbers():
@@ -146,14 +161,9 @@ def numbers():
     normalized = group.normalize(x, mask)
     assert not normalized[~mask].any()
     found["normalized"] = normalized[mask].tolist()
-    step, env = torch.meshgrid(torch.arange(8), torch.arange(2), indexing="ij")
-    row = (step * 4 + 2 * rank + env).flatten()
-    order, parts = torch.Generator().manual_seed(0), []
-    for size in 3, 32:
-        for part in group.minibatches({"obs": row, "advantages": row}, size, order):
-            kept = part.get("mask", torch.ones(len(part["obs"]), dtype=torch.bool))
-            parts.append(part["advantages"][kept].tolist())
-    return found | {"parts": parts}
+    found["parts"] = own_parts(group, torch.ones(8, 4, dtype=torch.bool))
+    found["fewer parts"] = own_parts(group, LOST)
+    return found
 
 
 def refused():

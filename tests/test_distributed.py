@@ -89,13 +89,14 @@ def test_the_group_averages_by_rows_and_normalises_over_all(seen):
 
 
 def test_minibatches_are_those_of_one_process_and_each_row_is_somebodys(seen):
-    "Rows are their own index; a process without a row in a part gets one that is masked."
-    alone = workers.parts_alone()
-    for k, part in enumerate(alone):
-        got = [row for r in (0, 1) for row in seen[r]["numbers"]["parts"][k]]
-        assert sorted(got) == sorted(part)
-    masked = sum(not rows for r in (0, 1) for rows in seen[r]["numbers"]["parts"])
-    assert masked > 0 and len(alone) == 12
+    "Rows are their own number; a process without a row in a part gets one that is masked."
+    for name, valid in ("parts", workers.LOST | True), ("fewer parts", workers.LOST):
+        alone = workers.parts_alone(valid)
+        mine, other = (seen[rank]["numbers"][name] for rank in (0, 1))
+        assert len(mine) == len(other) == len(alone) == {"parts": 12, "fewer parts": 10}[name]
+        for part, *parts in zip(alone, mine, other):
+            assert sorted(parts[0] + parts[1]) == sorted(part)
+        assert not all(mine + other)  # some had none
 
 
 def test_server_and_ring_find_the_mean_and_send_what_the_equation_says(seen):
@@ -114,7 +115,7 @@ def test_an_iteration_sends_a_gradient_a_step_and_its_rows_once(seen):
     assert bytes_sent["all_reduce"] == 12 * 4 * (weights + 1)
     assert bytes_sent["broadcast"] == 4 * weights
     scale = 64 * (4 + 1 + 1)
-    moments, watched = 12 * 3 * 8, 64 * (5 * 4 + 1)
+    moments, watched = 12 * 3 * 8, 64 * 5 * 4
     rows = 64 * (4 * 4 + 4 + 3)  # four observations, a reward, three flags
     assert bytes_sent["all_gather"] == scale + moments + watched + rows
 
