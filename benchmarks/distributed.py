@@ -21,7 +21,7 @@ import torch.distributed as dist
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from provenance import record
 
-from po_book.distributed import launch
+from po_book.processes import launch
 
 N, STEPS = 8, 40
 TIMES = 0, 100, 300, 1000, 3000  # µs
