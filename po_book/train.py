@@ -11,6 +11,7 @@ __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'C
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
@@ -289,10 +290,9 @@ class PPOConfig(EpochsConfig):
 
     def prepare(self, policy: Policy) -> dict[str, Any]:
         "The weight of the divergence too, where it is adapted."
-        extra = super().prepare(policy)
-        if self.kl_target is None:
-            return extra
-        return extra | {"kl": AdaptiveKL(self.kl_target, self.kl_coef)}
+        adapt = self.kl_target is not None
+        kl = {"kl": AdaptiveKL(self.kl_target, self.kl_coef)} if adapt else {}
+        return super().prepare(policy) | kl
 
 # %% ../nbs/35_train.ipynb #60cffaa4
 def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Tensor]]:
@@ -333,9 +333,8 @@ def _watched(
     values = batch["returns"] - batch["advantages"]
     data = dict(logp=now, logp_old=batch["logp"], entropy=entropy, values=values)
     data |= {name: batch[name] for name in ("returns", "mask") if name in batch}
-    data = learner.group.rows_of_all(data)
     clip = dict(clip_low=low, clip_high=high) if low < 1 else dict(clip_low=None)
-    return ppo_metrics(**data, **clip)
+    return ppo_metrics(**learner.group.rows_of_all(data), **clip)
 
 # %% ../nbs/35_train.ipynb #a39b8e55
 def ppo_epochs(
@@ -389,11 +388,8 @@ ALGORITHMS: dict[str, Algorithm] = {
 _AS_IT_IS = dict(normalize_obs=False, normalize_rewards=False)  # of unit size already
 _FAST = _AS_IT_IS | dict(total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, epochs=8,
                          minibatch=256)
-_CARTPOLE = {
-    "a2c": _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32),
-    "trpo": _FAST,
-    "ppo": _FAST,
-}
+_CARTPOLE = dict(trpo=_FAST, ppo=_FAST)
+_CARTPOLE["a2c"] = _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32)
 PRESETS: dict[tuple[str, str], dict] = {
     **{(method, "CartPole-v1"): known for method, known in _CARTPOLE.items()},
     **{(method, "po_book/CartPole-v1"): known for method, known in _CARTPOLE.items()},
@@ -401,13 +397,18 @@ PRESETS: dict[tuple[str, str], dict] = {
     # All episodes last 200 steps side by side: a shorter rollout has seen one phase.
     ("ppo", "Pendulum-v1"): _FAST | dict(total_steps=150_000, n_steps=200, minibatch=64,
                                          gamma=0.95),
-    ("trpo", "Pendulum-v1"): _FAST | dict(
-        total_steps=200_000, n_envs=32, n_steps=200, epochs=10, gamma=0.95, lam=0.95,
-        max_grad_norm=100.0, max_kl=0.02,
-    ),
+    ("trpo", "Pendulum-v1"): _FAST | dict(total_steps=200_000, n_envs=32, n_steps=200,
+                                          epochs=10, gamma=0.95, lam=0.95,
+                                          max_grad_norm=100.0, max_kl=0.02),
     ("ppo", "LunarLander-v3"): _FAST | dict(total_steps=600_000, n_steps=256, lr=2e-3,
                                             gamma=0.995, lam=0.98, max_grad_norm=10.0),
 }
+
+
+def _every() -> dict[str, Algorithm]:
+    "`ALGORITHMS`, with those that a later chapter adds."
+    import_module("po_book.multi_agent")
+    return ALGORITHMS
 
 
 def default_config(algorithm: str, env: Env) -> Config:
@@ -415,7 +416,7 @@ def default_config(algorithm: str, env: Env) -> Config:
 
     Raises: `ValueError` if the algorithm is unknown.
     """
-    check_known(ALGORITHMS, algorithm=algorithm)
+    check_known(_every(), algorithm=algorithm)
     known = PRESETS.get((algorithm, env), {}) if isinstance(env, str) else {}
     return ALGORITHMS[algorithm].config(**known)
 
@@ -477,7 +478,7 @@ def resume(
     something is not given that must be, and what `train` raises.
     """
     given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
-    return resume_run(out, ALGORITHMS, progress=progress, report=report, **given)
+    return resume_run(out, _every(), progress=progress, report=report, **given)
 
 # %% ../nbs/35_train.ipynb #fcd98d1f
 #| code-fold: true
@@ -496,4 +497,4 @@ def load_run(
     something is not given that must be.
     """
     given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
-    return read_run(out, ALGORITHMS, device=device, **given)
+    return read_run(out, _every(), device=device, **given)

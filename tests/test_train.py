@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import gymnasium as gym
@@ -803,3 +805,13 @@ def test_rows_that_are_masked_move_the_weights_as_rows_that_are_dropped(algorith
     torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
     for name in metrics[0]:
         assert float(metrics[0][name]) == pytest.approx(float(metrics[1][name]), abs=1e-4), name
+
+
+def test_a_method_of_a_later_chapter_is_found_by_its_name():
+    "In a process that has imported nothing else."
+    code = (
+        "from po_book.train import ALGORITHMS, default_config\n"
+        "print('mappo' in ALGORITHMS, type(default_config('mappo', 'Nothing-v0')).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False MAPPOConfig\n", done.stderr
