@@ -227,7 +227,7 @@ FAULTS = [
     Fault("trpo-norm", "train.py", 'learner.minimise("error", error, config.max_grad_norm, **part)', 'learner.minimise("error", error, **part)', "test_train.py -k longest"),
     Fault("memory-norm", "memory.py", "limit = config.max_grad_norm", "limit = float('inf')", "test_train.py -k longest"),
     Fault("scale-gamma", "train.py", "RewardScale(self.n_envs, self.gamma)", "RewardScale(self.n_envs, self.lam)", "test_train.py -k scale"),
-    Fault("preset-trpo", "train.py", '    "trpo": _FAST,\n', '    "trpo": _AS_IT_IS,\n', "test_train.py -k preset"),
+    Fault("preset-trpo", "train.py", "dict(trpo=_FAST,", "dict(trpo=_AS_IT_IS,", "test_train.py -k preset"),
     Fault("preset-tensors", "train.py", '    **{(method, "po_book/CartPole-v1"): known for method, known in _CARTPOLE.items()},\n', "", "test_train.py -k preset"),
     # Policies' numbers, spaces
     Fault("epsilon-kept", "policies.py", 'self.register_buffer("epsilon", one, persistent=False)', 'self.register_buffer("epsilon", one)', "test_policies.py"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import po_book.batch
+import po_book.learner
 import po_book.ppo
 import po_book.train
 from po_book.batch import critic_batch
@@ -463,10 +464,10 @@ def test_epochs_end_where_the_divergence_is_above_its_target(monkeypatch):
 
 def test_epochs_end_after_the_first_whose_divergence_is_above_the_target(monkeypatch):
     measured, epochs = iter([0.125, 0.25, 0.3125, 9.0]), []
-    made = po_book.train.minibatches
+    made = po_book.learner.minibatches
     noted = lambda *data, **options: {"approx_kl": torch.tensor(next(measured))}  # noqa: E731
     monkeypatch.setattr(po_book.train, "ppo_metrics", noted)
-    monkeypatch.setattr(po_book.train, "minibatches", lambda *args: epochs.append(1) or made(*args))
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *args: epochs.append(1) or made(*args))
     config = cartpole("ppo", **FAST, target_kl=0.25)
     _, metrics = ALGORITHMS["ppo"].iteration(new_learner("CartPole-v1", 0, config), config, 1.0)
     assert len(epochs) == 3 and metrics["approx_kl"] == 9
