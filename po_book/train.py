@@ -387,7 +387,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 _AS_IT_IS = dict(normalize_obs=False, normalize_rewards=False)  # of unit size already
 _FAST = _AS_IT_IS | dict(total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, epochs=8,
                          minibatch=256)
-_CARTPOLE = dict(trpo=_FAST, ppo=_FAST | dict(lr=4e-3, epochs=5))
+_CARTPOLE = dict(trpo=_FAST, ppo=_FAST | dict(lr=3.5e-3, epochs=6))
 _CARTPOLE["a2c"] = _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32)
 PRESETS: dict[tuple[str, str], dict] = {
     **{(method, "CartPole-v1"): known for method, known in _CARTPOLE.items()},
