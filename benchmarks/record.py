@@ -39,6 +39,7 @@ METHODS = dict(total_steps=100_000, eval_every=4_000)
 DETAILS = dict(total_steps=50_000, eval_every=2_048)
 DQN = dict(eval_every=2_500)
 DDPG = dict(eval_every=1_000)
+MEETING = dict(total_steps=15_000, eval_every=1_500)
 RECORDS = {
     "cartpole_methods": Record("CartPole-v1", 10, {
         "REINFORCE": cartpole("reinforce", **METHODS),
@@ -77,6 +78,16 @@ RECORDS = {
             default_config("trpo", "Pendulum-v1"), n_steps=n, eval_every=1
         )
         for n in (200, 128)
+    }),
+    "team_meeting": Record("po_book/Meeting-v0", 8, {
+        variant: replace(default_config(name, "po_book/Meeting-v0"), **MEETING, **more)
+        for variant, name, more in (
+            ("IPPO, shared", "ippo", {}),
+            ("IPPO, one each", "ippo", dict(share=False)),
+            ("MAPPO, shared", "mappo", {}),
+            ("MAPPO, one each", "mappo", dict(share=False)),
+            ("HAPPO, one each", "happo", {}),
+        )
     }),
     "team_spread": Record("mpe2/simple_spread-v3", 8, {
         name.upper(): replace(
