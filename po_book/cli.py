@@ -6,6 +6,7 @@
 __all__ = ['AnyJob', 'TASKS', 'Train', 'Control', 'load_task', 'load_reward', 'Language', 'Evaluate', 'Plot', 'Resume', 'main']
 
 # %% ../nbs/61_command_line.ipynb #d62b1bd3
+import os
 import re
 import shlex
 import sys
@@ -52,6 +53,7 @@ import po_book.multi_agent  # adds its methods and teams
 from .checkpoint import lock_folder
 from .checks import check_at_least, check_in
 from .dapo import NoSignal
+from .distributed import resume_together, train_together
 from .language_model import ALPHABET, char_tokenizer, load_lm, tiny_lm
 from .objective import PRESETS, Objective
 from .rewards import Reward, compute_rewards, verifier
@@ -69,7 +71,7 @@ from .learner import find_device
 from .runner import Diverged, Run
 from .sampling import sample
 from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
-from .train import ALGORITHMS, default_config, load_run, resume, train
+from .train import ALGORITHMS, default_config, load_run
 from po_book.train_lm import (
     LMConfig,
     LMRun,
@@ -114,6 +116,9 @@ def _learn(
     out: Path, start: Callable[..., Run | LMRun], wandb: str | None
 ) -> None:
     "Train to the end, and say what came out."
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        start(progress=False)
+        return
     report = log_to(write_events(out), wandb_logger(wandb, out) if wandb else None)
     print(f"folder: {out}", flush=True)
     try:
@@ -165,7 +170,7 @@ class Control:
 
     def start(self, out: Path, **shown: Any) -> Run:
         "Begin a run in a folder."
-        return train(**vars(self), out=out, **shown)
+        return train_together(**vars(self), out=out, **shown)
 
 # %% ../nbs/61_command_line.ipynb #5a2d5dd1
 def _summary(scores: Float[Tensor, "n"], *more: str) -> str:
@@ -404,7 +409,7 @@ class Resume:
 
     def __call__(self) -> None:
         job = _language(self.run)
-        start = partial(job.proceed if job else resume, self.run)
+        start = partial(job.proceed if job else resume_together, self.run)
         _learn(self.run, start, self.wandb)
 
 # %% ../nbs/61_command_line.ipynb #f93629ac
@@ -479,3 +484,8 @@ def main(
     except KeyboardInterrupt as stop:
         return _fail(130, "interrupted", stop)
     return 0
+
+# %% ../nbs/61_command_line.ipynb #f2c512fc
+if __name__ == "__main__" and globals().get("__spec__"):  # not in a notebook
+    sys.exit(main())
+

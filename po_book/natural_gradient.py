@@ -139,6 +139,7 @@ def trpo_step(
     cg_iterations: int = 10,   # Fisher-vector products at most
     tries: int = 10,           # lengths tried by the line search
     shrink: float = 0.8,       # each length over the one before
+    share: Callable[[Tensor], Tensor] = lambda x: x,  # of means: over all processes
 ) -> dict[str, float]:
     """One step of TRPO: natural step {eq}`eq-tr-natural`, then {eq}`eq-tr-search`.
 
@@ -151,14 +152,15 @@ def trpo_step(
     """
     _check_search(max_kl, tries, shrink)
     params = list(params)
-    gradient = _flat(torch.autograd.grad(surrogate(), params))
+    gradient = share(_flat(torch.autograd.grad(surrogate(), params)))
     finite = bool(gradient.isfinite().all())
     require(finite, "surrogate", "of finite gradient", "NaN or infinity")
     product = fisher_vector_product(divergence(), params, damping)
-    x = conjugate_gradient(product, gradient, cg_iterations)
+    x = conjugate_gradient(lambda v: share(product(v)), gradient, cg_iterations)
     # Its residual is orthogonal to x, so this is x'(F + damping I)x.
     curvature = (x @ gradient).item()
     if curvature == 0:
         return {"gain": 0.0, "kl": 0.0, "fraction": 0.0}
     step = x.mul_(sqrt(2 * max_kl / curvature))
-    return line_search(params, step, surrogate, divergence, max_kl, tries, shrink)
+    means = (lambda f=f: share(f()) for f in (surrogate, divergence))
+    return line_search(params, step, *means, max_kl, tries, shrink)

@@ -129,10 +129,10 @@ def _advance(run: Run, learner: Learner, algorithm: Algorithm) -> None:
     if learner.latest:
         row["return"] = sum(learner.latest) / len(learner.latest)
     row |= metrics
-    if _crossed(config.eval_every, before, row["steps"]):
+    if learner.group.first and _crossed(config.eval_every, before, row["steps"]):
         seed = spawn_seed(run.seed, "evaluation", row["steps"])
         row["mean_return"] = run.evaluate(config.eval_episodes, seed).mean().item()
-    run.log.append(row)
+    run.log.append(learner.group.agree(row))
 
 # %% ../nbs/34_runner.ipynb #b9664fb3
 def _own(algorithm: Algorithm, config: Config, **given: Any) -> list[str]:
@@ -141,8 +141,8 @@ def _own(algorithm: Algorithm, config: Config, **given: Any) -> list[str]:
     return own + ["config"] * (type(config) is not algorithm.config)
 
 
-def _claim_folder(run: Run, out: Path, own: list[str]) -> Path:
-    "The folder, with what is asked in it, where no other run has its files."
+def _claim_folder(run: Run, out: Path, own: list[str]) -> None:
+    "Write down what is asked, where no other run has its files."
     asked = {n: getattr(run, n) for n in ("algorithm", "seed", "device", "backend")}
     asked["env"] = run.env if isinstance(run.env, str) else None
     asked["config"] = asdict(run.config)
@@ -151,7 +151,6 @@ def _claim_folder(run: Run, out: Path, own: list[str]) -> Path:
     if own:
         asked["own"] = own
     write_asked(out, asked)
-    return out
 
 # %% ../nbs/34_runner.ipynb #985ec296
 def _capture(learner: Learner) -> dict:
@@ -169,20 +168,19 @@ def _restore(run: Run, learner: Learner, state: dict) -> None:
     "Undo `_capture` in a new learner."
     if not {f.name for f in fields(Learner)} - {"stepper"} <= state.keys():
         raise ValueError("the checkpoint was written by another version of po_book")
+    state = learner.group.unpack(state)
     for name, part in state.items():
         restore(getattr(learner, name), part)
     if "stepper" not in state:
-        learner.stepper.reset(spawn_seed(run.seed, "starts", run.steps))
-        for part in learner, *learner.extra.values():
-            if hasattr(part, "so_far"):  # earned in episodes that no longer run
-                part.so_far.zero_()
+        learner.reset(spawn_seed(run.seed, "starts", run.steps))
 
 # %% ../nbs/34_runner.ipynb #e4d70ba3
 def _save(run: Run, learner: Learner, out: Path) -> None:
     "Write the checkpoint, and the log as a table."
-    state = {"log": run.log, "learner": _capture(learner)}
-    save_checkpoint(out / "checkpoint.pt", state)
-    write_table(out / "log.csv", run.log)
+    state = {"log": run.log, "learner": learner.group.pack(_capture(learner))}
+    if learner.group.first:
+        save_checkpoint(out / "checkpoint.pt", state)
+        write_table(out / "log.csv", run.log)
 
 # %% ../nbs/34_runner.ipynb #3b78eb86
 @contextmanager
@@ -240,15 +238,16 @@ def _continue(
 ) -> Run:
     "Iterate to the end, wherever the run stands."
     total, every = run.config.total_steps, run.config.checkpoint_every
+    group = learner.group
     bar = tqdm(desc=run.algorithm, total=total, initial=run.steps, unit=" steps",
-               disable=not progress)
+               disable=not (progress and group.first))
     with bar, _explained(run, out):
         while not run.finished:
             before = run.steps
             _advance(run, learner, algorithm)
             bar.set_postfix(_bar_text(run.log[-1]))
             bar.update(min(run.steps, total) - bar.n)
-            stop = _stops(report, run, learner)
+            stop = group.agree(_stops(report if group.first else None, run, learner))
             due = stop or run.finished or _crossed(every, before, run.steps)
             if out is not None and due:
                 _save(run, learner, out)
@@ -272,6 +271,7 @@ def start_run(
     report: Report | None = None,        # gets every row; may stop the run
     policy: NewPolicy | None = None,     # None: what `config` makes
     eval_env: Env | None = None,         # of evaluations; None: as `env`
+    make: Callable[..., Learner] = new_learner,  # of all that moves
 ) -> Run:
     """Train with an algorithm, from the first transition to the last.
 
@@ -283,12 +283,14 @@ def start_run(
     config = _checked(name, algorithm, env, config, backend)
     device = find_device(device)
     _check_evaluation(env, eval_env, config)
-    learner = new_learner(env, seed, config, device, backend, policy)
+    learner = make(env, seed, config, device, backend, policy)
     run = Run(name, env, seed, str(device), backend, config, learner.policy)
     run.eval_env = eval_env
     own = _own(algorithm, config, policy=policy, eval_env=eval_env)
-    with lock_folder(out):
-        out = None if out is None else _claim_folder(run, Path(out), own)
+    out, first = None if out is None else Path(out), learner.group.first
+    with lock_folder(out if first else None):
+        if out is not None and first:
+            _claim_folder(run, out, own)
         return _continue(run, learner, algorithm, out, progress, report)
 
 # %% ../nbs/34_runner.ipynb #aac6a690
@@ -327,7 +329,11 @@ def _read_asked(
 
 # %% ../nbs/34_runner.ipynb #c1af0ee8
 def _open_run(
-    out: Path, algorithms: Mapping[str, Algorithm], given: dict, few: bool = False
+    out: Path,
+    algorithms: Mapping[str, Algorithm],
+    given: dict,
+    few: bool = False,
+    make: Callable[..., Learner] = new_learner,
 ) -> tuple[Run, Learner, dict | None]:
     "What was asked in `out`, a learner for it, and the checkpoint if there is one."
     asked = _read_asked(out, algorithms, given)
@@ -337,7 +343,7 @@ def _open_run(
     if few and not isinstance(env, VectorEnv):
         config = replace(config, n_envs=1)  # nobody will step them
     rest = asked["device"], backend, asked["policy"]
-    learner = new_learner(env, asked["seed"], config, *rest)
+    learner = make(env, asked["seed"], config, *rest)
     found = asked["device"]
     run = Run(**asked | {"device": str(found), "policy": learner.policy})
     path = out / "checkpoint.pt"
@@ -357,6 +363,8 @@ def resume_run(
     config: type[Config] | None = None,  # needed if it was a subclass
     progress: bool = True,   # show a progress bar
     report: Report | None = None,  # gets every new row; may stop the run
+    make: Callable[..., Learner] = new_learner,  # of all that moves
+    first: bool = True,  # whether this process writes, among several
 ) -> Run:
     """Go on with a run from its last checkpoint, to its end.
 
@@ -368,8 +376,8 @@ def resume_run(
     """
     given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
     out = Path(out)
-    with lock_folder(out if (out / "run.json").exists() else None):
-        run, learner, state = _open_run(out, algorithms, given)
+    with lock_folder(out if first and (out / "run.json").exists() else None):
+        run, learner, state = _open_run(out, algorithms, given, make=make)
         _check_evaluation(run.env, run.eval_env, run.config)
         if state is not None:
             _restore(run, learner, state["learner"])

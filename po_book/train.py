@@ -10,6 +10,8 @@ __all__ = ['ALGORITHMS', 'PRESETS', 'ReinforceConfig', 'reinforce_iteration', 'C
 # %% ../nbs/35_train.ipynb #1364a332
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from .advantage import normalize
-from .batch import RewardScale, critic_batch, minibatches
+from .batch import RewardScale, critic_batch
 from po_book.checks import (
     check_at_least, check_in, check_known, check_positive, check_whole, require
 )
@@ -105,8 +107,9 @@ def rollout_batch(
 ) -> dict[str, Tensor]:
     "What is learned from; the rollout itself keeps its rewards, for the log."
     if scale := learner.extra.get("reward_scale"):
-        rewards = scale(rollout.rewards, rollout.done, rollout.valid)
-        rollout = replace(rollout, rewards=rewards)
+        columns = rollout.rewards, rollout.done, rollout.valid
+        scaled = learner.group.mine(scale(*map(learner.group.everyone, columns)))
+        rollout = replace(rollout, rewards=scaled)
     return critic_batch(learner.policy, rollout, config.gamma, config.lam)
 
 # %% ../nbs/35_train.ipynb #870a604c
@@ -122,8 +125,7 @@ class A2CConfig(CriticConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        coefs = dict(value_coef=self.value_coef, entropy_coef=self.entropy_coef)
-        check_in("[0, inf)", **coefs)
+        check_in("[0, inf)", value_coef=self.value_coef, entropy_coef=self.entropy_coef)
 
 # %% ../nbs/35_train.ipynb #b5bfcddb
 def a2c_iteration(
@@ -137,7 +139,7 @@ def a2c_iteration(
     def loss(obs, actions, logp, advantages, returns, mask=None) -> tuple:
         now, entropy = policy.evaluate(obs, actions)
         each = {
-            "policy_loss": -now * normalize(advantages, mask),
+            "policy_loss": -now * learner.group.normalize(advantages, mask),
             "value_loss": value_loss(policy.value(obs), returns),
             "entropy": entropy,
         }
@@ -211,12 +213,12 @@ def trpo_iteration(
     remaining: float,  # fraction of the run that is left
 ) -> tuple[Rollout, dict[str, Tensor]]:
     "Collect a rollout, take one natural step on it, and fit the critic to it."
-    policy = learner.policy
+    policy, group = learner.policy, learner.group
     learner.set_lr(config.lr * config.pace(remaining))
     rollout = learner.collect(config.n_steps)
     batch = rollout_batch(learner, rollout, config)
     obs, mask = batch["obs"], batch.get("mask")
-    advantages = normalize(batch["advantages"], mask)
+    advantages = group.normalize(batch["advantages"], mask)
     with torch.no_grad():
         old = policy.distribution(obs)
 
@@ -232,10 +234,12 @@ def trpo_iteration(
         return mean, {"value_loss": mean.detach()}
 
     actor, limits = policy.actor_parameters(), (config.max_kl, config.damping)
-    metrics = trpo_step(actor, surrogate, divergence, *limits, config.cg_iterations)
+    share = partial(group.average, rows=len(obs) if mask is None else mask.sum())
+    search = *limits, config.cg_iterations
+    metrics = trpo_step(actor, surrogate, divergence, *search, share=share)
     history = []
     for _ in range(config.epochs):
-        for part in minibatches(batch, config.minibatch, learner.order):
+        for part in group.minibatches(batch, config.minibatch, learner.order):
             noted = learner.minimise("error", error, config.max_grad_norm, **part)
             history.append(noted)
     return rollout, metrics | mean_metrics(history)
@@ -274,8 +278,8 @@ class PPOConfig(EpochsConfig):
         if self.kl_target is not None:
             require(self.kl_coef, "kl_coef", "positive, to be adapted", self.kl_coef)
         if self.normalize_advantages and self.minibatch == 1:
-            raise ValueError("one transition has no deviation: with minibatch=1 set"
-                             " normalize_advantages=False")
+            hint = "with minibatch=1 set normalize_advantages=False"
+            raise ValueError(f"one transition has no deviation: {hint}")
 
     def band(self, pace: float) -> tuple[float, float]:
         "How far the ratio may go below one and above, at this share of the clip range."
@@ -286,15 +290,14 @@ class PPOConfig(EpochsConfig):
 
     def prepare(self, policy: Policy) -> dict[str, Any]:
         "The weight of the divergence too, where it is adapted."
-        extra = super().prepare(policy)
-        if self.kl_target is None:
-            return extra
-        return extra | {"kl": AdaptiveKL(self.kl_target, self.kl_coef)}
+        adapt = self.kl_target is not None
+        kl = {"kl": AdaptiveKL(self.kl_target, self.kl_coef)} if adapt else {}
+        return super().prepare(policy) | kl
 
 # %% ../nbs/35_train.ipynb #60cffaa4
 def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Tensor]]:
     "An epoch of gradient steps: a function of numbers that change and of the batch."
-    policy = learner.policy
+    policy, group = learner.policy, learner.group
     bounds = dict(dual_clip=config.dual_clip, value_clip=config.clip_value)
     coefs = dict(value_coef=config.value_coef, entropy_coef=config.entropy_coef)
 
@@ -302,7 +305,7 @@ def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Ten
         "Of a minibatch; `logp` is of the policy that sampled it."
         old = None if config.clip_value is None else returns - advantages
         if config.normalize_advantages:
-            advantages = normalize(advantages, mask)
+            advantages = group.normalize(advantages, mask)
         now, entropy = policy.evaluate(obs, actions)
         data = now, logp, advantages, entropy, policy.value(obs), returns
         low, high = (None, None) if config.clip is None else (low, high)
@@ -314,7 +317,7 @@ def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Ten
 
     def epoch(low, high, beta, **batch: Tensor) -> dict[str, Tensor]:
         live = dict(low=low, high=high, beta=beta)
-        for part in minibatches(batch, config.minibatch, learner.order):
+        for part in group.minibatches(batch, config.minibatch, learner.order):
             learner.minimise("loss", loss, config.max_grad_norm, **live, **part)
         return {}
 
@@ -323,14 +326,15 @@ def _improve(learner: Learner, config: PPOConfig) -> Callable[..., dict[str, Ten
 # %% ../nbs/35_train.ipynb #3209d6a8
 @torch.no_grad()
 def _watched(
-    policy: Policy, batch: dict[str, Tensor], low: float, high: float
+    learner: Learner, batch: dict[str, Tensor], low: float, high: float
 ) -> dict[str, Tensor]:
     "How far the policy is from the one that sampled, and how good the critic was."
-    now, entropy = policy.evaluate(batch["obs"], batch["actions"])
+    now, entropy = learner.policy.evaluate(batch["obs"], batch["actions"])
     values = batch["returns"] - batch["advantages"]
-    data = now, batch["logp"], entropy, values, batch["returns"]
+    data = dict(logp=now, logp_old=batch["logp"], entropy=entropy, values=values)
+    data |= {name: batch[name] for name in ("returns", "mask") if name in batch}
     clip = dict(clip_low=low, clip_high=high) if low < 1 else dict(clip_low=None)
-    return ppo_metrics(*data, **clip, mask=batch.get("mask"))
+    return ppo_metrics(**learner.group.rows_of_all(data), **clip)
 
 # %% ../nbs/35_train.ipynb #a39b8e55
 def ppo_epochs(
@@ -340,7 +344,7 @@ def ppo_epochs(
     remaining: float,          # fraction of the run that is left
 ) -> dict[str, Tensor]:
     "Improve the clipped objective on a batch for a few epochs."
-    policy, pace = learner.policy, config.pace(remaining)
+    pace = config.pace(remaining)
     adaptive, epoch = learner.extra.get("kl"), _improve(learner, config)
     learner.set_lr(config.lr * pace)
     low, high = config.band(pace)
@@ -349,9 +353,9 @@ def ppo_epochs(
         learner.run("epoch", epoch, low=low, high=high, beta=beta, **batch)
         if config.target_kl is None:
             continue
-        if _watched(policy, batch, low, high)["approx_kl"] > config.target_kl:
+        if _watched(learner, batch, low, high)["approx_kl"] > config.target_kl:
             break
-    metrics = _watched(policy, batch, low, high)
+    metrics = _watched(learner, batch, low, high)
     if adaptive:
         adaptive.update(metrics["approx_kl"])
         metrics["kl_coef"] = beta
@@ -382,31 +386,29 @@ ALGORITHMS: dict[str, Algorithm] = {
 # %% ../nbs/35_train.ipynb #c0deece5
 #| code-fold: true
 _AS_IT_IS = dict(normalize_obs=False, normalize_rewards=False)  # of unit size already
-_FAST = _AS_IT_IS | dict(
-    total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, epochs=8, minibatch=256
-)
-_CARTPOLE = {
-    "a2c": _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32),
-    "trpo": _FAST,
-    "ppo": _FAST,
-}
+_FAST = _AS_IT_IS | dict(total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, epochs=8,
+                         minibatch=256)
+_CARTPOLE = dict(trpo=_FAST, ppo=_FAST)
+_CARTPOLE["a2c"] = _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32)
 PRESETS: dict[tuple[str, str], dict] = {
     **{(method, "CartPole-v1"): known for method, known in _CARTPOLE.items()},
     **{(method, "po_book/CartPole-v1"): known for method, known in _CARTPOLE.items()},
     ("ppo", "Acrobot-v1"): _FAST | dict(total_steps=100_000),
     # All episodes last 200 steps side by side: a shorter rollout has seen one phase.
-    ("ppo", "Pendulum-v1"): _FAST | dict(
-        total_steps=150_000, n_steps=200, minibatch=64, gamma=0.95
-    ),
-    ("trpo", "Pendulum-v1"): _FAST | dict(
-        total_steps=200_000, n_envs=32, n_steps=200, epochs=10, gamma=0.95, lam=0.95,
-        max_grad_norm=100.0, max_kl=0.02,
-    ),
-    ("ppo", "LunarLander-v3"): _FAST | dict(
-        total_steps=600_000, n_steps=256, lr=2e-3, gamma=0.995, lam=0.98,
-        max_grad_norm=10.0,
-    ),
+    ("ppo", "Pendulum-v1"): _FAST | dict(total_steps=150_000, n_steps=200, minibatch=64,
+                                         gamma=0.95),
+    ("trpo", "Pendulum-v1"): _FAST | dict(total_steps=200_000, n_envs=32, n_steps=200,
+                                          epochs=10, gamma=0.95, lam=0.95,
+                                          max_grad_norm=100.0, max_kl=0.02),
+    ("ppo", "LunarLander-v3"): _FAST | dict(total_steps=600_000, n_steps=256, lr=2e-3,
+                                            gamma=0.995, lam=0.98, max_grad_norm=10.0),
 }
+
+
+def _every() -> dict[str, Algorithm]:
+    "`ALGORITHMS`, with those that a later chapter adds."
+    import_module("po_book.multi_agent")
+    return ALGORITHMS
 
 
 def default_config(algorithm: str, env: Env) -> Config:
@@ -414,7 +416,7 @@ def default_config(algorithm: str, env: Env) -> Config:
 
     Raises: `ValueError` if the algorithm is unknown.
     """
-    check_known(ALGORITHMS, algorithm=algorithm)
+    check_known(_every(), algorithm=algorithm)
     known = PRESETS.get((algorithm, env), {}) if isinstance(env, str) else {}
     return ALGORITHMS[algorithm].config(**known)
 
@@ -435,26 +437,25 @@ def train(
 ) -> Run:
     """Train `algorithm` on `env`.
 
-    A row of the log has the transitions so far (`steps`), the `seconds` spent on
-    collecting and learning, the mean `return` of the latest hundred training episodes,
-    the algorithm's metrics, and the `mean_return` of fresh episodes where an evaluation
-    was due. The same seed on the same device gives the same run.
+    A row of the log has the transitions so far (`steps`), the `seconds` of collecting
+    and learning, the mean `return` of the latest hundred episodes, the algorithm's
+    metrics, and the `mean_return` of fresh episodes where an evaluation was due.
+    The same seed on the same device gives the same run.
 
     `report` is called with the row, or, if it has three parameters, with the row, the
     `Run` and the `Learner`. If it returns `False` the run is saved and ends there.
 
     Raises: `ValueError` if the algorithm is unknown, if `config` belongs to another, if
-    no policy fits the environment's spaces or the one that is given lacks what the
-    method needs, if an observation or a reward is not finite, if the device is not
-    there or `out` holds a run; `Diverged` if the weights are not finite;
-    `gymnasium.error.Error` if the environment is not registered.
+    no policy fits the spaces or the one that is given lacks what the method needs, if
+    an observation or a reward is not finite, if the device is not there or `out` holds
+    a run; `Diverged` if weights are not finite; `gymnasium.error.Error` if the
+    environment is not registered.
     """
     default = default_config(algorithm, env)
     config = default if config is None else config
-    how = dict(seed=seed, device=device, backend=backend)
-    how |= dict(policy=policy, eval_env=eval_env)
-    shown = dict(out=out, progress=progress, report=report)
-    return start_run(algorithm, ALGORITHMS[algorithm], env, config, **how, **shown)
+    how = dict(seed=seed, device=device, backend=backend, policy=policy)
+    how |= dict(out=out, progress=progress, report=report, eval_env=eval_env)
+    return start_run(algorithm, ALGORITHMS[algorithm], env, config, **how)
 
 # %% ../nbs/35_train.ipynb #8d38b7ea
 #| code-fold: true
@@ -477,7 +478,7 @@ def resume(
     something is not given that must be, and what `train` raises.
     """
     given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
-    return resume_run(out, ALGORITHMS, progress=progress, report=report, **given)
+    return resume_run(out, _every(), progress=progress, report=report, **given)
 
 # %% ../nbs/35_train.ipynb #fcd98d1f
 #| code-fold: true
@@ -496,4 +497,4 @@ def load_run(
     something is not given that must be.
     """
     given = dict(env=env, eval_env=eval_env, policy=policy, config=config)
-    return read_run(out, ALGORITHMS, device=device, **given)
+    return read_run(out, _every(), device=device, **given)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import gymnasium as gym
@@ -6,6 +8,7 @@ import pytest
 import torch
 
 import po_book.batch
+import po_book.learner
 import po_book.ppo
 import po_book.train
 from po_book.batch import critic_batch
@@ -160,7 +163,7 @@ def test_trpo_stays_in_its_region():
 def test_trpo_moves_the_actor_by_the_natural_step_alone(env_id, monkeypatch):
     "Without that step an iteration changes the critic, and the actor not by one bit."
     none = {"gain": 0.0, "kl": 0.0, "fraction": 0.0}
-    monkeypatch.setattr(po_book.train, "trpo_step", lambda *args: none)
+    monkeypatch.setattr(po_book.train, "trpo_step", lambda *args, **how: none)
     learner = new_learner(env_id, 0, SMALL["trpo"])
     policy = learner.policy
     actor, critic = policy.actor_parameters(), list(policy.critic.parameters())
@@ -448,8 +451,8 @@ def test_the_value_clip_is_around_the_values_of_the_rollout(monkeypatch):
 
 def test_epochs_end_where_the_divergence_is_above_its_target(monkeypatch):
     epochs = []
-    made = po_book.train.minibatches
-    monkeypatch.setattr(po_book.train, "minibatches", lambda *args: epochs.append(1) or made(*args))
+    made = po_book.learner.minibatches
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *args: epochs.append(1) or made(*args))
     used = {}
     for target in None, 1e-9, 1e9:
         epochs.clear()
@@ -461,10 +464,10 @@ def test_epochs_end_where_the_divergence_is_above_its_target(monkeypatch):
 
 def test_epochs_end_after_the_first_whose_divergence_is_above_the_target(monkeypatch):
     measured, epochs = iter([0.125, 0.25, 0.3125, 9.0]), []
-    made = po_book.train.minibatches
+    made = po_book.learner.minibatches
     noted = lambda *data, **options: {"approx_kl": torch.tensor(next(measured))}  # noqa: E731
     monkeypatch.setattr(po_book.train, "ppo_metrics", noted)
-    monkeypatch.setattr(po_book.train, "minibatches", lambda *args: epochs.append(1) or made(*args))
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *args: epochs.append(1) or made(*args))
     config = cartpole("ppo", **FAST, target_kl=0.25)
     _, metrics = ALGORITHMS["ppo"].iteration(new_learner("CartPole-v1", 0, config), config, 1.0)
     assert len(epochs) == 3 and metrics["approx_kl"] == 9
@@ -803,3 +806,13 @@ def test_rows_that_are_masked_move_the_weights_as_rows_that_are_dropped(algorith
     torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
     for name in metrics[0]:
         assert float(metrics[0][name]) == pytest.approx(float(metrics[1][name]), abs=1e-4), name
+
+
+def test_a_method_of_a_later_chapter_is_found_by_its_name():
+    "In a process that has imported nothing else."
+    code = (
+        "from po_book.train import ALGORITHMS, default_config\n"
+        "print('mappo' in ALGORITHMS, type(default_config('mappo', 'Nothing-v0')).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False MAPPOConfig\n", done.stderr
