@@ -337,3 +337,20 @@ def test_an_environment_of_somebody_else():
         found, reward, *_ = team.step(np.array(moves))
         seen, rewards, *_ = theirs.step(dict(zip(theirs.agents, moves)))
         assert reward == pytest.approx(np.mean(list(rewards.values())), abs=1e-12)
+
+
+def test_what_simple_spread_pays():
+    "Minus half of the distances of landmarks to their nearest; half a point a collision."
+    pytest.importorskip("mpe2")
+    team, collided = gym.make("mpe2/simple_spread-v3"), 0
+    dice = np.random.default_rng(0)
+    for seed in range(10):
+        team.reset(seed=seed)
+        for _ in range(25):
+            seen, reward, *_ = team.step(dice.integers(5, size=3))
+            landmarks, others = (seen["observation"][:, part].reshape(3, -1, 2) for part in (slice(4, 10), slice(10, 14)))
+            nearest = np.linalg.norm(landmarks, axis=-1).min(0)
+            hits = (np.linalg.norm(others, axis=-1) < 0.3).sum()  # each is of radius .15
+            collided += hits
+            assert reward == pytest.approx(-nearest.sum() / 2 - hits / 2 / 3, abs=1e-5)
+    assert collided > 0
