@@ -1,9 +1,10 @@
 """Training runs that take longer than a reader waits, recorded for the chapters.
 
-Run: python benchmarks/record.py NAME [processes]
+Run: python benchmarks/record.py NAME [processes [VARIANT]]
 
 Writes results/NAME.csv, a row an evaluation, and results/NAME.json, which says where, when
-and with what it was made. Every row is what `po_book.train.train` logged.
+and with what it was made. Every row is what `po_book.train.train` logged. With a variant,
+only that one is run, and the rows of the others stay.
 """
 
 from dataclasses import replace
@@ -38,6 +39,7 @@ METHODS = dict(total_steps=100_000, eval_every=4_000)
 DETAILS = dict(total_steps=50_000, eval_every=2_048)
 DQN = dict(eval_every=2_500)
 DDPG = dict(eval_every=1_000)
+MEETING = dict(total_steps=15_000, eval_every=1_500)
 RECORDS = {
     "cartpole_methods": Record("CartPole-v1", 10, {
         "REINFORCE": cartpole("reinforce", **METHODS),
@@ -77,11 +79,21 @@ RECORDS = {
         )
         for n in (200, 128)
     }),
+    "team_meeting": Record("po_book/Meeting-v0", 8, {
+        variant: replace(default_config(name, "po_book/Meeting-v0"), **MEETING, **more)
+        for variant, name, more in (
+            ("IPPO, shared", "ippo", {}),
+            ("IPPO, one each", "ippo", dict(share=False)),
+            ("MAPPO, shared", "mappo", {}),
+            ("MAPPO, one each", "mappo", dict(share=False)),
+            ("HAPPO, one each", "happo", {}),
+        )
+    }),
     "team_spread": Record("mpe2/simple_spread-v3", 8, {
         name.upper(): replace(
             default_config(name, "mpe2/simple_spread-v3"), eval_every=20_000
         )
-        for name in ("ippo", "mappo")
+        for name in ("ippo", "mappo", "happo")
     }),
 }
 
@@ -100,10 +112,12 @@ def evaluations(name: str, variant: str, seed: int) -> list[dict]:
     ]
 
 
-def main(name: str, processes: int) -> None:
-    runs = RECORDS[name].runs(partial(evaluations, name), processes)
-    RECORDS[name].write(name, [row for run in runs for row in run])
+def main(name: str, processes: int, variant: str | None = None) -> None:
+    wanted = RECORDS[name].only(variant) if variant else RECORDS[name]
+    runs = wanted.runs(partial(evaluations, name), processes)
+    write = wanted.add if variant else wanted.write
+    write(name, [row for run in runs for row in run])
 
 
 if __name__ == "__main__":
-    main(*asked(__doc__, RECORDS))
+    main(*asked(__doc__, RECORDS, most=3))

@@ -1,14 +1,17 @@
 "What a record of training runs is, and how it is made: variants, seeds, rows."
 
+import csv
+import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Generic, TypeVar
 
-from provenance import record
+from provenance import ROOT, provenance, record
 
 Settings = TypeVar("Settings")
 
@@ -20,6 +23,10 @@ class Record(Generic[Settings]):
     place: object  # an environment, or a task
     seeds: int
     variants: dict[str, Settings]
+
+    def only(self, variant: str) -> "Record[Settings]":
+        "One of the variants."
+        return replace(self, variants={variant: self.variants[variant]})
 
     def settings(self) -> dict[str, dict]:
         "What the runs were made with, to be compared with what the code would do now."
@@ -37,12 +44,24 @@ class Record(Generic[Settings]):
                 print(*words, rows[-1], flush=True)
                 yield rows
 
-    def write(self, name: str, rows: list[dict], **more: str) -> None:
+    def write(
+        self, name: str, rows: list[dict], folder: Path = ROOT / "results", **more: object
+    ) -> None:
         "results/NAME.csv with these rows, and results/NAME.json."
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = [[written(row.get(key, "")) for key in columns] for row in rows]
-        seeds = f"seeds 0 to {self.seeds - 1}"
-        record(name, columns, table, seeds=seeds, **more, settings=self.settings())
+        more = dict(seeds=f"seeds 0 to {self.seeds - 1}", settings=self.settings()) | more
+        record(name, columns, table, folder, **more)
+
+    def add(self, name: str, rows: list[dict], folder: Path = ROOT / "results") -> None:
+        "Write `rows` too, and what was recorded of other variants."
+        with open(folder / f"{name}.csv", newline="", encoding="utf-8") as file:
+            others = [x for x in csv.DictReader(file) if x["variant"] not in self.variants]
+        note = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        mine, now = " and ".join(self.variants), provenance()
+        origin = {k: f"{note[k]} ({mine}: {x})" for k, x in now.items() if x != note[k]}
+        settings = note["settings"] | self.settings()
+        self.write(name, others + rows, folder, **origin, settings=settings)
 
 
 def written(x: object) -> str | int:
@@ -50,8 +69,10 @@ def written(x: object) -> str | int:
     return x if isinstance(x, str | int) else f"{x:.4g}"
 
 
-def asked(doc: str, records: dict[str, Record]) -> tuple[str, int]:
-    "The name and the number of processes on the command line; leaves if they are wrong."
-    if len(sys.argv) not in (2, 3) or sys.argv[1] not in records:
+def asked(doc: str, records: dict[str, Record], most: int = 2) -> tuple:
+    "Name, number of processes, variant, `most` of them; leaves if they are wrong."
+    name, *rest = sys.argv[1:] or [""]
+    known = name in records and records[name].variants.keys() >= set(rest[1:])
+    if len(rest) >= most or not known:
         sys.exit(f"{doc}\nNAME is one of: {', '.join(records)}")
-    return sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else 1
+    return name, int(rest[0]) if rest else 1, *rest[1:]

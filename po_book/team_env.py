@@ -126,7 +126,8 @@ class Meeting(_SmallTeam):
 def _together(env: Any) -> Any:
     "A parallel environment, from one or from an AEC environment that can be one."
     rule = "a PettingZoo environment that names its possible_agents"
-    require(hasattr(env, "possible_agents"), "env", rule, type(env).__name__)
+    named = len(getattr(env, "possible_agents", ())) > 0
+    require(named, "env", rule, type(env).__name__)
     if not hasattr(env, "agent_iter"):
         return env
     from pettingzoo.utils.conversions import aec_to_parallel
@@ -142,8 +143,10 @@ def _common_space(
     "The space of every agent. Raises: `ValueError` if one has another."
     first = space(names[0])
     rule = f"that of {names[0]}, {first}"
+    cure = "pad the smaller one, or make both of one kind"
     for name in names:
-        require(space(name) == first, f"{kind} space of {name}", rule, space(name))
+        got = f"{space(name)}: {cure}"
+        require(space(name) == first, f"{kind} space of {name}", rule, got)
     return first
 
 # %% ../nbs/37b_team_env.ipynb #6beb1818
@@ -152,11 +155,15 @@ def _team_actions(space: gym.Space, n: int) -> gym.Space:
     if isinstance(space, Discrete):
         return MultiDiscrete(np.full(n, space.n), start=np.full(n, space.start))
     rule = "Discrete or a Box"
-    require(isinstance(space, Box), "action space of an agent", rule, space)
+    got = f"{space}: number its choices"
+    require(isinstance(space, Box), "action space of an agent", rule, got)
     low, high = (np.tile(x.ravel(), (n, 1)) for x in (space.low, space.high))
     return Box(low, high, dtype=space.dtype)
 
 # %% ../nbs/37b_team_env.ipynb #51232d4e
+_STAY = "let an agent that is away wait, with zeros for what it sees and gets"
+
+
 def _floats(*shape: int) -> Box:
     "Numbers of that shape, without bounds."
     return Box(-np.inf, np.inf, shape, np.float32)
@@ -170,8 +177,8 @@ class TeamEnv(gym.Env):
     have an entry an agent, and the reward is the mean of the agents' rewards.
 
     Raises: `ValueError` if agents differ in their spaces or cannot act together, or if
-    a state is asked for and there is none; `step` and `reset`, if an agent is missing
-    or leaves before the others.
+    a state is asked for and there is none; `step` and `reset`, if an agent is missing,
+    is not known, or leaves before the others.
     """
 
     def __init__(
@@ -212,18 +219,22 @@ class TeamEnv(gym.Env):
             moves = map(int, actions)
         seen, *columns, _ = self.env.step(dict(zip(self.names, moves)))
         pairs = zip(("rewards", "terminated", "truncated"), columns)
+        strange = ", ".join(name for name in columns[0] if name not in self.names)
+        require(not strange, "rewards", "those of possible_agents", f"one of {strange}")
         rewards, terminated, truncated = (self._of_all(*pair) for pair in pairs)
         ended = [t or c for t, c in zip(terminated, truncated)]
         if any(ended) and not all(ended):
             left = ", ".join(n for n, end in zip(self.names, ended) if end)
-            require(False, "an episode", "over for all agents at once", f"only {left}")
+            got = f"only {left}: {_STAY}"
+            require(False, "an episode", "over for all agents at once", got)
         reward = float(sum(rewards)) / len(rewards)
         return self._see(seen), reward, all(terminated), any(truncated), {}
 
     def _of_all(self, what: str, found: dict) -> list:
         "What belongs to the agents, in their order."
         missing = ", ".join(name for name in self.names if name not in found)
-        require(not missing, what, "there for all agents at all times", f"no {missing}")
+        got = f"no {missing}: {_STAY}"
+        require(not missing, what, "there for all agents at all times", got)
         return [found[name] for name in self.names]
 
     def _see(self, found: dict) -> dict[str, np.ndarray]:

@@ -1,8 +1,10 @@
 "Scripts that compare and record: they run here on little, and assert no time."
 import csv
+import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -54,3 +56,26 @@ def test_gradient_steps_are_counted_as_both_libraries_take_them():
     # 3 iterations of 20 epochs over 1000 rows in parts of 256; TRPO adds its own step.
     assert gradient_steps(3, 20, 1000, 256, natural=False) == 3 * 20 * 4
     assert gradient_steps(3, 20, 1000, 256, natural=True) == 3 * (20 * 4 + 1)
+
+
+def test_one_variant_is_recorded_again_and_the_others_stay(tmp_path, monkeypatch):
+    from po_book.train import PPOConfig
+    from recording import Record, asked
+
+    whole = Record("some", 1, {"a": PPOConfig(), "b": PPOConfig(clip=0.1)})
+    rows = [{"variant": name, "seed": 0, "mean_return": 1.5} for name in "ab"]
+    whole.write("some", rows, tmp_path, device="another")
+    Record("some", 1, {"b": PPOConfig(clip=0.3)}).add("some", [rows[1] | {"mean_return": 2.5}], tmp_path)
+    assert table(tmp_path / "some.csv")[1:] == [["a", "0", "1.5"], ["b", "0", "2.5"]]
+    note = json.loads((tmp_path / "some.json").read_text(encoding="utf-8"))
+    assert {name: x["clip"] for name, x in note["settings"].items()} == {"a": 0.2, "b": 0.3}
+    assert note["device"].startswith("another (b: ") and note["seeds"] == "seeds 0 to 0"
+    assert "(b: " not in note["python"]
+    assert whole.only("b").variants == {"b": PPOConfig(clip=0.1)}
+    for words, found in (["some"], ("some", 1)), (["some", "2", "b"], ("some", 2, "b")):
+        monkeypatch.setattr(sys, "argv", ["record.py", *words])
+        assert asked("", {"some": whole}, most=3) == found
+    for words in [], ["other"], ["some", "1", "c"], ["some", "1", "b", "b"]:
+        monkeypatch.setattr(sys, "argv", ["record.py", *words])
+        with pytest.raises(SystemExit, match="NAME is one of: some"):
+            asked("", {"some": whole}, most=3)

@@ -1,6 +1,10 @@
 "IPPO, MAPPO and HAPPO: who sees what, who moves when, and by how much."
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import gymnasium as gym
@@ -402,6 +406,30 @@ def test_from_a_shell(name, tmp_path, capsys):
     assert (asked["algorithm"], asked["env"]) == (name, "po_book/Meeting-v0")
     assert asked["config"]["share"] == (name != "happo")
     assert main(["evaluate", str(tmp_path / name), "--episodes", "5"]) == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_process_that_is_killed_goes_on_from_a_shell(name, tmp_path):
+    sizes = "--n-envs 4 --n-steps 33 --minibatch 64 --epochs 2 --hidden 16 --eval-episodes 5"
+    asked = f"train {name} --env po_book/Meeting-v0 {sizes} --total-steps 2400 --checkpoint-every 200"
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    line = [*asked.split(), "--out", str(killed)]
+    command = [sys.executable, "-c", "import sys; from po_book.cli import main; sys.exit(main())"]
+    process = subprocess.Popen([*command, *line], stderr=subprocess.DEVNULL)
+    while not (killed / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    run = load_run(killed)
+    assert 200 <= run.steps < 2_400 and not run.finished
+    assert main(["resume", str(killed)]) == 0
+    assert main([*asked.split(), "--out", str(whole)]) == 0
+    runs = [load_run(out) for out in (killed, whole)]
+    flat = nn.utils.parameters_to_vector
+    assert torch.equal(*(flat(run.policy.parameters()) for run in runs))
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.log] for run in runs]
+    assert logs[0] == logs[1] and logs[0][-1]["steps"] >= 2_400
 
 
 def test_ids_of_teams_take_options():

@@ -5,7 +5,7 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Sequence
 
 from po_book.multi_agent import MAPPOConfig
 from po_book.team_env import MatrixGame, Meeting, TeamEnv
@@ -134,6 +134,62 @@ def test_aec_and_parallel_are_the_same_team():
         assert rest == others
 
 
+def test_an_environment_that_asks_in_turn():
+    "Written as AEC: player b adds its move, a adds ten times its own; paid when both have."
+    from pettingzoo import AECEnv
+    from pettingzoo.test import api_test
+    from pettingzoo.utils import AgentSelector
+
+    class Adds(AECEnv):
+        metadata = {"name": "adds", "is_parallelizable": True}
+        possible_agents, render_mode = ["b", "a"], None
+
+        def observation_space(self, agent):
+            return self.spaces[0]
+
+        def action_space(self, agent):
+            return self.spaces[1]
+
+        spaces = Box(-1, 99, (1,), np.float32), Discrete(4)
+
+        def reset(self, seed=None, options=None):
+            self.agents = self.possible_agents[:]
+            self.rewards, self._cumulative_rewards = ({n: 0.0 for n in self.agents} for _ in range(2))
+            self.terminations, self.truncations = ({n: False for n in self.agents} for _ in range(2))
+            self.infos = {n: {} for n in self.agents}
+            self.total, self.cycle, self.turn = 0, 0, AgentSelector(self.agents)
+            self.agent_selection = self.turn.next()
+
+        def observe(self, agent):
+            return np.array([self.total], np.float32)
+
+        def step(self, action):
+            agent = self.agent_selection
+            if self.terminations[agent] or self.truncations[agent]:
+                return self._was_dead_step(action)
+            self.rewards = dict.fromkeys(self.agents, 0.0)
+            self._cumulative_rewards[agent] = 0.0
+            self.total += action * (10 if agent == "a" else 1)
+            if self.turn.is_last():
+                self.rewards, self.cycle = {"b": 1.0 * self.total, "a": 0.0}, self.cycle + 1
+                self.truncations = dict.fromkeys(self.agents, self.cycle == 3)
+            self._accumulate_rewards()
+            self.agent_selection = self.turn.next()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its observations, which are single numbers
+        api_test(Adds(), num_cycles=20)
+    team = TeamEnv(Adds())
+    for _ in range(2):
+        assert team.reset(seed=0)[0]["observation"].tolist() == [[0], [0]]
+        paid = []
+        for moves in ([3, 1], [0, 2], [1, 0]):
+            seen, reward, terminated, truncated, _ = team.step(np.array(moves))
+            paid.append((seen["observation"].tolist(), reward, terminated, truncated))
+        assert paid == [([[13]] * 2, 6.5, False, False), ([[33]] * 2, 16.5, False, False),
+                        ([[34]] * 2, 17.0, False, True)]
+
+
 def test_games_by_hand():
     game = MatrixGame(np.arange(12).reshape(2, 3, 2))
     game.reset()
@@ -166,11 +222,18 @@ class Turns(Script):
 REFUSED = {
     "a PettingZoo environment that names its possible_agents, got CartPoleEnv": lambda: gym.make("CartPole-v1").unwrapped,
     "env must be one whose agents can act at the same time .is_parallelizable., got turns": Turns,
-    "observation space of a must be that of b": lambda: Script(
+    "a PettingZoo environment that names its possible_agents, got Script": lambda: Script(possible_agents=[]),
+    "observation space of a must be that of b, Box.0.0, 1.0, .2,., float32., got Box.0.0, 2.0, .2,., float32.: pad the smaller": lambda: Script(
         observation_space=lambda agent: Box(0, 1 + (agent == "a"), (2,))),
-    "action space of a must be that of b, Discrete.2., got Discrete.3.": lambda: Script(
+    "observation space of a must be that of b, Dict.* got Box": lambda: Script(  # a mask for one
+        observation_space=lambda agent: Box(0, 1, (2,)) if agent == "a" else Dict(action_mask=Box(0, 1, (4,)))),
+    "action space of a must be that of b, Discrete.2., got Discrete.3.: pad the smaller": lambda: Script(
         action_space=lambda agent: Discrete(2 + (agent == "a"))),
-    "action space of an agent must be Discrete or a Box, got MultiDiscrete": lambda: Script(move=MultiDiscrete([2, 2])),
+    "action space of a must be that of b, Discrete.2., got Box.*or make both of one kind": lambda: Script(
+        action_space=lambda agent: Discrete(2) if agent == "b" else Box(0, 1, (1,))),
+    "action space of an agent must be Discrete or a Box, got MultiDiscrete..2 2..: number its choices": lambda: Script(
+        move=MultiDiscrete([2, 2])),
+    "Sequence.Discrete.3., stack=False. cannot be flattened": lambda: Script(seen=Sequence(Discrete(3))),
 }
 
 
@@ -181,9 +244,10 @@ def test_what_is_no_team_is_refused(message):
 
 
 @pytest.mark.parametrize("column, gone, message", [
-    (0, "b", "observations must be there for all agents at all times, got no b"),
-    (1, "a", "rewards must be there for all agents at all times, got no a"),
-    (3, "a", "truncated must be there for all agents at all times, got no a"),
+    (0, "b", "observations must be there for all agents at all times, got no b: let an agent that is away wait"),
+    (1, "a", "rewards must be there for all agents at all times, got no a: let"),
+    (2, "b", "terminated must be there for all agents at all times, got no b: let"),
+    (3, "a", "truncated must be there for all agents at all times, got no a: let"),
 ])
 def test_an_agent_that_vanishes_is_named(column, gone, message):
     script = Script()
@@ -205,11 +269,27 @@ def test_an_agent_that_leaves_first_or_comes_later_is_named():
     team, step = TeamEnv(script), script.step
     script.step = lambda actions: (*step(actions)[:2], {"a": True, "b": False}, {"a": False, "b": False}, {})
     team.reset()
-    with pytest.raises(ValueError, match="an episode must be over for all agents at once, got only a"):
+    message = "an episode must be over for all agents at once, got only a: let an agent that is away wait"
+    with pytest.raises(ValueError, match=message):
         team.step(np.array([0, 0]))
     script.look = lambda: {"a": np.zeros(2, np.float32)}
     with pytest.raises(ValueError, match="observations must be there .* got no b"):
         team.reset()
+
+
+def test_an_agent_that_appears_in_an_episode_is_named():
+    "Observations may say more; who is paid and is no member of the team is an error."
+    script = Script()
+    team, step = TeamEnv(script), script.step
+    team.reset()
+
+    def with_a_third(actions):
+        seen, rewards, *flags = step(actions)
+        return seen, rewards | {"c": 9.0}, *flags
+
+    script.step = with_a_third
+    with pytest.raises(ValueError, match="rewards must be those of possible_agents, got one of c"):
+        team.step(np.array([0, 0]))
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -257,3 +337,20 @@ def test_an_environment_of_somebody_else():
         found, reward, *_ = team.step(np.array(moves))
         seen, rewards, *_ = theirs.step(dict(zip(theirs.agents, moves)))
         assert reward == pytest.approx(np.mean(list(rewards.values())), abs=1e-12)
+
+
+def test_what_simple_spread_pays():
+    "Minus half of the distances of landmarks to their nearest; half a point a collision."
+    pytest.importorskip("mpe2")
+    team, collided = gym.make("mpe2/simple_spread-v3"), 0
+    dice = np.random.default_rng(0)
+    for seed in range(10):
+        team.reset(seed=seed)
+        for _ in range(25):
+            seen, reward, *_ = team.step(dice.integers(5, size=3))
+            landmarks, others = (seen["observation"][:, part].reshape(3, -1, 2) for part in (slice(4, 10), slice(10, 14)))
+            nearest = np.linalg.norm(landmarks, axis=-1).min(0)
+            hits = (np.linalg.norm(others, axis=-1) < 0.3).sum()  # each is of radius .15
+            collided += hits
+            assert reward == pytest.approx(-nearest.sum() / 2 - hits / 2 / 3, abs=1e-5)
+    assert collided > 0
