@@ -86,10 +86,11 @@ class Bar(BaseCallback):
 
 
 def theirs(race: Race, make: Callable[[int], BaseAlgorithm], seed: int) -> Finish | None:
-    "The same of the peer that `make` returns."
+    "The same of the peer that `make` returns; None if its seconds are used up."
     bar, model = Bar(race, seed), make(seed)
     model.learn(race.budget, callback=bar)
     if bar.hit is None:
+        assert bar.late, f"{race.budget} transitions are fewer than it could use"
         return None
     natural = hasattr(model, "n_critic_updates")
     epochs = model.n_critic_updates if natural else model.n_epochs
@@ -98,10 +99,11 @@ def theirs(race: Race, make: Callable[[int], BaseAlgorithm], seed: int) -> Finis
     return Finish(*bar.hit, steps)
 
 
-def line(name: str, runs: list[Finish], seeds: int, first: float) -> list[str]:
+def line(name: str, runs: list[Finish], seeds: int, first: float, limit: float) -> list[str]:
     "Medians of those that got there, the range of their seconds, and the ratio to `first`."
     if not runs:
-        return [name, f"0 of {seeds}", "", "", "", "", ""]
+        late = f"over {limit:g}", "", "", "", f"over {limit / first:.1f}"
+        return [name, f"0 of {seeds}", *late]
     seconds, transitions, steps = zip(*runs)
     spread = f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
     each = median(1000 * s / n for s, n in zip(seconds, steps))
@@ -127,7 +129,7 @@ def run(
     first = median(x.seconds for x in next(iter(solved.values())))
     columns = [title, "seeds", f"seconds to {race.bar:g}", "transitions", "gradient steps",
                "ms a gradient step", "over po_book's"]
-    rows = [line(who, runs, seeds, first) for who, runs in solved.items()]
+    rows = [line(who, runs, seeds, first, race.seconds) for who, runs in solved.items()]
     for row in columns, *rows:
         print("{:30}{:>10}{:>24}{:>14}{:>16}{:>20}{:>16}".format(*row))
     if name:
