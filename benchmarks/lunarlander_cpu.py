@@ -19,7 +19,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from po_book.train import default_config
 
-RACE = Race("LunarLander-v3", bar=200, every=16_384, budget=1_000_000, seconds=300)
+RACE = Race("LunarLander-v3", bar=200, every=16_384, budget=10_000_000, seconds=300)
 
 
 def peer(seed: int) -> PPO:

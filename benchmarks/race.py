@@ -34,7 +34,7 @@ class Race:
     env: str
     bar: float           # mean return of 100 fresh episodes, actions sampled
     every: int           # transitions between evaluations
-    budget: int          # transitions at most
+    budget: int          # transitions of the peer at most, if that is sooner than the seconds
     seconds: float = 600  # of the peer's collecting and learning at most
 
     def scored(self) -> dict[str, float]:
@@ -98,10 +98,11 @@ def theirs(race: Race, make: Callable[[int], BaseAlgorithm], seed: int) -> Finis
     return Finish(*bar.hit, steps)
 
 
-def line(name: str, runs: list[Finish], seeds: int, first: float) -> list[str]:
+def line(name: str, runs: list[Finish], seeds: int, first: float, limit: float) -> list[str]:
     "Medians of those that got there, the range of their seconds, and the ratio to `first`."
-    if not runs:
-        return [name, f"0 of {seeds}", "", "", "", "", ""]
+    if not runs:  # in `limit` seconds
+        late = f"over {limit:g}", "", "", "", f"over {limit / first:.1f}"
+        return [name, f"0 of {seeds}", *late]
     seconds, transitions, steps = zip(*runs)
     spread = f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
     each = median(1000 * s / n for s, n in zip(seconds, steps))
@@ -127,7 +128,7 @@ def run(
     first = median(x.seconds for x in next(iter(solved.values())))
     columns = [title, "seeds", f"seconds to {race.bar:g}", "transitions", "gradient steps",
                "ms a gradient step", "over po_book's"]
-    rows = [line(who, runs, seeds, first) for who, runs in solved.items()]
+    rows = [line(who, runs, seeds, first, race.seconds) for who, runs in solved.items()]
     for row in columns, *rows:
         print("{:30}{:>10}{:>24}{:>14}{:>16}{:>20}{:>16}".format(*row))
     if name:

@@ -24,7 +24,7 @@ from .algorithm import new_learner
 from .checks import check_at_least, check_positive, check_whole, require
 from .learner import Learner, Loss
 from .policies import Policy
-from .rollout import Env, episode_returns
+from .rollout import Env, episode_returns, spawn_seed
 from .train import A2CConfig, a2c_iteration
 
 # %% ../nbs/37a_asynchronous.ipynb #d9425f0d
@@ -130,7 +130,7 @@ def _work(
 ) -> None:
     "What a worker does until all have made enough transitions together."
     torch.set_num_threads(1)
-    made = new_learner(env, seed + worker, config)
+    made = new_learner(env, spawn_seed(seed, "starts", worker), config)
     parts = {f.name: getattr(made, f.name) for f in fields(Learner)}
     learner = AsyncLearner(**parts, shared=shared)
     learner.seen = shared.pull(learner.weights.data)
@@ -166,7 +166,7 @@ def a3c(
     env: Env,       # an id, or a function that makes one environment
     workers: int,   # processes $W$
     config: A2CConfig,  # `n_envs` are those of each worker, `total_steps` of all
-    seed: int = 0,  # of the weights; the order of updates has none
+    seed: int = 0,  # of weights, actions and starts; the order of updates has none
 ) -> tuple[Policy, list[dict[str, float]]]:
     """A policy trained by asynchronous actor-critics, and a row of each update.
 
