@@ -101,7 +101,7 @@ def main(turns: int, recording: bool) -> None:
             print("".join(f"{x:>22}" for x in row))
         if recording:
             load = f"load average {getloadavg()[0]:.1f} of {cpu_count()} cores"
-            record(name, columns, rows, turns=turns, load=load)
+            record(name, columns, rows, turns=f"{turns} turns", load=load)
 
 
 if __name__ == "__main__":
