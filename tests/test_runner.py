@@ -114,6 +114,9 @@ def test_a_vector_environment_is_used_as_it_is_and_left_open():
     assert run.evaluate(7).shape == (7,)
     with pytest.raises(ValueError, match="an evaluation needs fresh environments"):
         quick("ppo", env=vector_env, config=replace(SMALL["ppo"], eval_every=100))
+    one_by_one = gym.vector.SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2)
+    quick("ppo", env=one_by_one)
+    assert not one_by_one.closed  # CartPole's own vector would not say
 
 
 @pytest.mark.parametrize("algorithm", ["a2c", "ppo", "trpo"])
