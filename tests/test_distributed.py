@@ -30,7 +30,7 @@ COMMAND = ["-m", "po_book.cli", "train", "ppo", "--env", "distributed_workers:Mo
 @pytest.fixture(scope="module")
 def seen():
     "What each of two processes has seen, all in one launch."
-    return launch(workers.everything, 2, timeout=600)
+    return launch(workers.everything, 2, timeout=240)
 
 
 ENVS = workers.cartpole, "po_book/CartPole-v1"

@@ -88,7 +88,7 @@ def test_training_on_tensors_learns_too():
 
 def test_a2c_is_the_first_step_of_ppo():
     "One epoch of one minibatch: every ratio is one, and nothing is clipped."
-    shared = dict(total_steps=1, n_envs=4, n_steps=32, lr=1e-3, gamma=0.98, lam=0.9, entropy_coef=0.01)
+    shared = dict(total_steps=1, n_envs=4, n_steps=32, lr=1e-3, gamma=0.98, lam=0.9, entropy_coef=30.0)
     runs = [quick("a2c", config=cartpole("a2c", **shared)), quick("ppo", config=cartpole("ppo", **shared, epochs=1, minibatch=10_000))]
     for a, b in zip(*(run.policy.parameters() for run in runs)):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
