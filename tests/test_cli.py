@@ -109,7 +109,7 @@ def test_every_field_is_a_flag_with_its_comment_and_default(algorithm, capsys):
         assert entry[1] == said
 
 
-@pytest.mark.parametrize("env, rate", [("CartPole-v1", "0.003"), ("MountainCar-v0", "0.001")])
+@pytest.mark.parametrize("env, rate", [("CartPole-v1", "0.0035"), ("MountainCar-v0", "0.001")])
 def test_help_shows_the_settings_of_the_environment(env, rate, capsys):
     assert run(f"train ppo --env {env} --help") == 0
     text = words(capsys.readouterr().out)
