@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 from jaxtyping import Float, Float64, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from .algorithm import new_learner
 from .checks import check_at_least, check_positive, check_whole, require
@@ -113,7 +113,7 @@ class AsyncLearner(Learner):
         value, noted = loss(**inputs)
         self.weights.grad.zero_()
         value.backward()
-        nn.utils.clip_grad_norm_([self.weights], max_grad_norm)
+        self.bound(max_grad_norm)
         late = self.shared.push(self.weights.grad, self.lr, self.seen)
         self.seen = self.shared.pull(self.weights.data)
         return noted | {"staleness": torch.tensor(float(late))}

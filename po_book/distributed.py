@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from gymnasium.vector import VectorEnv
 from jaxtyping import Bool, Float, Int64, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .algorithm import Algorithm, Config, NewPolicy, new_learner
@@ -171,7 +171,7 @@ class SharedLearner(Learner):
         means = self.group.average(means, rows if mask is None else mask.sum())
         gradient, *numbers = means.split([len(self.weights), *(1 for _ in noted)])
         self.weights.grad.copy_(gradient)
-        nn.utils.clip_grad_norm_([self.weights], max_grad_norm)
+        self.bound(max_grad_norm)
         self.optimizer.step()
         return {name: x.squeeze() for name, x in zip(noted, numbers)}
 
@@ -311,7 +311,8 @@ def train_together(
     check_known(TOGETHER, algorithm=algorithm)
     with joined(timeout):
         place = env if isinstance(env, str) else getattr(env, "__name__", type(env))
-        _check_alike(algorithm=algorithm, env=place, seed=seed, config=config)
+        same = dict(algorithm=algorithm, env=place, seed=seed, config=type(config))
+        _check_alike(**same, **vars(config))
         if _started_again(out):
             again = {n: x for n, x in how.items() if n not in ("device", "backend")}
             own = env if not isinstance(env, str) else None

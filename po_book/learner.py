@@ -117,11 +117,16 @@ class Learner:
 
     def step(self, loss: Float[Tensor, ""], max_grad_norm: float = inf) -> None:
         "One step that makes `loss` smaller; a longer gradient is scaled to the norm."
-        grad = self.weights.grad.zero_()
+        self.weights.grad.zero_()
         loss.backward()
+        self.bound(max_grad_norm)
+        self.optimizer.step()
+
+    def bound(self, max_grad_norm: float) -> None:
+        "Scale a gradient that is longer than this to the norm."
+        grad = self.weights.grad
         length = torch.linalg.vector_norm(grad)
         grad.mul_((max_grad_norm / (length + 1e-6)).clamp(max=1.0))
-        self.optimizer.step()
 
     def minimise(
         self,

@@ -39,6 +39,11 @@ def _room(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store
     me, end, late = uuid4().hex, monotonic() + timeout, [*range(1, size)]
     if rank:
         store.set(f"here/{rank}", me)
+        try:
+            store.wait([f"room/{me}"], timedelta(seconds=timeout))
+        except RuntimeError as error:
+            text = f"process 0 of {size} did not come"
+            raise ConnectionError(f"{text}: {error}") from error
         room = store.get(f"room/{me}").decode()
         store.set(f"{room}/{rank}", "")
         return dist.PrefixStore(room, store)

@@ -70,3 +70,11 @@ def test_one_that_does_not_come_is_named(tmp_path):
     store.set("here/2", "long dead")
     with pytest.raises(ConnectionError, match="process 1, 2 of 3 did not come"):
         processes._room(store, 0, 3, 0.2)
+
+
+def test_the_first_one_is_named_too(tmp_path):
+    "By the others, who wait for it."
+    stores = dist.FileStore(str(tmp_path / "store"), 2), dist.TCPStore("localhost", 0, is_master=True)
+    for store in stores:
+        with pytest.raises(ConnectionError, match="process 0 of 2 did not come"):
+            processes._room(store, 1, 2, 0.2)
