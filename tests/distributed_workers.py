@@ -181,8 +181,8 @@ def refused():
     return said
 
 
-def volume():
-    "Bytes that one iteration of PPO gives to each kind of exchange, and its weights."
+def volume(name, env):
+    "Bytes that one iteration gives to each kind of exchange, and the number of weights."
     counts, call = Counter(), Group.call
 
     def count(self, collective, *args, **how):
@@ -192,9 +192,9 @@ def volume():
 
     Group.call = count
     kept = []
-    config = replace(CONFIGS["ppo"], total_steps=100)
+    config = replace(CONFIGS[name], total_steps=100)
     look = dict(report=lambda row, run, learner: kept.append(len(learner.weights)))
-    train_together("ppo", cartpole, config=config, progress=False, **look)
+    train_together(name, env, config=config, progress=False, **look)
     Group.call = call
     return dict(counts), kept
 
@@ -202,7 +202,7 @@ def volume():
 def everything():
     "All that two processes are asked."
     seen = {"numbers": numbers(), "refused": refused()}
-    seen["volume"] = volume()
+    seen["volume"], seen["volume of images"] = volume("ppo", cartpole), volume("a2c", Bright)
     for env in cartpole, "po_book/CartPole-v1":
         for name, config in CONFIGS.items():
             seen[label(env), name] = learned(train_together, name, env, config=config)

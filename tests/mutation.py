@@ -306,7 +306,7 @@ FAULTS = [
     Fault("weights-of-first", "distributed.py", "    learner.group.call(dist.broadcast, learner.weights.data, 0)\n", "", "test_distributed.py -k sends"),
     Fault("images-sent", "distributed.py", "image = rollout.obs.dtype == torch.uint8", "image = False", "test_distributed.py -k images"),
     Fault("together-alike", "distributed.py", "require(x == want, name", "require(True, name", "test_distributed.py -k refused"),
-    Fault("together-again", "distributed.py", "return any(again) and left[0]", "return again[0] and left[0]", "test_distributed.py -k two_hosts"),
+    Fault("together-again", "distributed.py", "return any(again) and left[0]", "return again[0] and left[0]", "test_distributed.py -k started_again"),
     Fault("stepper-of-first", "distributed.py", '{"stepper": parts[self.rank]}', '{"stepper": parts[0]}', "test_distributed.py -k killed"),
     Fault("all-evaluate", "runner.py", "if learner.group.first and _crossed", "if not learner.group.first and _crossed", "test_distributed.py -k grades"),
     Fault("stop-alone", "runner.py", "stop = group.agree(_stops(report if group.first else None, run, learner))", "stop = _stops(report if group.first else None, run, learner)", "test_distributed.py -k early"),

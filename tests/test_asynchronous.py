@@ -70,6 +70,9 @@ def test_three_workers_are_two_updates_late_and_all_work():
     late = sum(row["staleness"] for row in log)
     assert late / updates == pytest.approx(2, abs=18 / updates)
     assert max(row["staleness"] for row in log) >= 2
+    # All begin with the same weights, so it is what they saw that differs.
+    first = [next(row["value_loss"] for row in log if row["worker"] == i) for i in range(3)]
+    assert len(set(first)) == 3
     start = workers.new_learner(workers.cartpole, 0, PLAIN)
     moved = [not torch.equal(a, b) for a, b in zip(policy.parameters(), start.policy.parameters())]
     assert all(moved)

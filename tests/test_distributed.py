@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from po_book import distributed
 from po_book.checkpoint import load_checkpoint
 from po_book.distributed import RowsOfAll, train_together
 from po_book.processes import launch
@@ -77,6 +78,9 @@ def test_images_are_not_sent_for_the_log(seen):
     assert [row["return"] for row in their_log] == [row["return"] for row in log]
     for key, x in weights.items():
         np.testing.assert_allclose(theirs[key], x, atol=1e-6, rtol=0, err_msg=key)
+    bytes_sent, _ = seen[0]["volume of images"]
+    # The scale of rewards, moments of one step, a reward and three flags; a picture has 432.
+    assert bytes_sent["all_gather"] == 64 * (4 + 1 + 1) + 3 * 8 + 64 * (4 + 3)
 
 
 def test_the_group_averages_by_rows_and_normalises_over_all(seen):
@@ -187,6 +191,16 @@ def test_a_worker_that_is_killed_is_named_and_its_run_goes_on(tmp_path, undistur
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.testing.assert_close(weights(out), undisturbed, atol=1e-6, rtol=0)
+
+
+def test_whoever_was_started_again_tells_the_others_and_the_first_one_knows_the_folder(monkeypatch):
+    for said, wanted in {
+        ((False, True), (True, False)): True,
+        ((True, False), (False, True)): False,
+        ((False, True), (False, True)): False,
+    }.items():
+        monkeypatch.setattr(distributed, "_all_say", lambda x, said=said: said)
+        assert distributed._started_again(None) is wanted
 
 
 def test_processes_are_started_again_and_go_on(tmp_path, undisturbed):
