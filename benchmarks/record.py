@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from recording import Record, asked
 
-from po_book import multi_agent as _  # its methods and teams
 from po_book.algorithm import Config
 from po_book.train import (
     ALGORITHMS,
