@@ -28,10 +28,12 @@ import torch
 from provenance import peak_mb, record
 from trl import __version__ as trl_version
 
-from po_book.language_model import char_tokenizer, load_lm, tiny_lm
+from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.lm_learner import tiny_config
 from po_book.objective import Aggregation, Clip, Group, InLoss, NoReference, Objective
+from po_book.pretrained import load_lm
 from po_book.tasks import ChainAddition, sft
-from po_book.train_lm import LMConfig, train_lm
+from po_book.train_lm import train_lm
 
 PROMPTS, GROUP, NEW, STEPS, TURNS = 8, 8, 16, 12, 5
 QUIET = dict(disable_tqdm=True, report_to=[], logging_strategy="no", save_strategy="no")
@@ -49,7 +51,7 @@ def ours(
     "Milliseconds of each step but the first two."
     kl = InLoss(beta) if beta else NoReference()
     objective = Objective(Group(), Clip(), kl, Aggregation("token"))
-    config = LMConfig(
+    config = tiny_config(
         steps=steps, prompts=prompts, group_size=GROUP, max_new_tokens=NEW, lr=1e-6, epochs=1,
         minibatches=1, fast_cpu=fast_cpu,
     )

@@ -17,7 +17,8 @@ import torch
 from provenance import peak_mb
 from recording import Record, asked
 
-from po_book.language_model import char_tokenizer, load_lm, tiny_lm
+from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.lm_learner import LMConfig, tiny_config
 from po_book.objective import (
     PRESETS,
     Aggregation,
@@ -27,8 +28,9 @@ from po_book.objective import (
     NoReference,
     Objective,
 )
+from po_book.pretrained import load_lm
 from po_book.tasks import ChainAddition, sft, success_rate
-from po_book.train_lm import LMConfig, train_lm
+from po_book.train_lm import train_lm
 
 ADDITION = ChainAddition(3, 5)
 
@@ -59,7 +61,7 @@ def preset(name: str, **choices) -> Objective:
     return replace(PRESETS[name], **choices)
 
 
-METHODS = LMConfig(steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500)
+METHODS = tiny_config(steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500)
 HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)

@@ -23,14 +23,16 @@ import po_book.train
 from po_book import cli
 from po_book.checkpoint import lock_folder
 from po_book.cli import LANGUAGE, load_reward, load_task, main
-from po_book.language_model import char_tokenizer, load_lm, tiny_lm
+from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.lm_learner import default_lm_config, tiny_config
 from po_book.objective import PRESETS, Clip, Group, InLoss
 from po_book.rollout import evaluate
 from po_book.runs import log_to, record_episode, wandb_logger, write_events
 from po_book.sampling import sample
 from po_book.spaces import make_policy, make_q_policy
 from po_book.train import ALGORITHMS, default_config, load_run, train
-from po_book.train_lm import LMConfig, default_lm_config, train_lm
+from po_book.pretrained import load_lm
+from po_book.train_lm import train_lm
 
 TINY = "--device cpu --n-envs 4 --n-steps 32 --minibatch 64 --epochs 2"
 TRAIN = f"train ppo --env CartPole-v1 {TINY} --total-steps 600 --eval-episodes 5"
@@ -695,7 +697,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 
 def test_the_command_trains_the_language_model_that_the_function_trains(spoke, tiny):
-    config = LMConfig(
+    config = tiny_config(
         steps=2, prompts=2, group_size=2, max_new_tokens=4, eval_prompts=8, eval_every=1,
         warmup=0,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from po_book.language_model import (
     ValueModel,
     char_tokenizer,
     encode,
-    load_lm,
     log_distribution,
     pack,
     pad_token_id,
@@ -17,6 +16,7 @@ from po_book.language_model import (
     tiny_lm,
     token_logprobs,
 )
+from po_book.pretrained import load_lm
 from po_book.sampling import sample
 
 

@@ -103,10 +103,10 @@ def test_the_other_example_teaches_a_language_model(python, tmp_path):
     "With fewer steps."
     _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     short = example.replace("steps=400", "steps=2").replace(
-        'objective="grpo")', 'objective="grpo", config=LMConfig(steps=1, prompts=4))'
+        'objective="grpo")', 'objective="grpo", config=tiny_config(steps=1, prompts=4))'
     )
-    assert short.count("steps=2") == short.count("LMConfig") == 1
-    code = "from po_book.train_lm import LMConfig\nrun = " + short[short.rindex("train_lm(") :]
+    assert short.count("steps=2") == short.count("tiny_config") == 1
+    code = "from po_book.lm_learner import tiny_config\nrun = " + short[short.rindex("train_lm(") :]
     code = short[: short.rindex("train_lm(")] + code + "\nprint(run.log)"
     assert "'reward'" in run(python, "-c", code, cwd=tmp_path).stdout
 

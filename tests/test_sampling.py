@@ -5,10 +5,10 @@ from tiny_models import PROMPTS, SMALL, generator, scored
 from po_book.language_model import (
     char_tokenizer,
     enumerate_completions,
-    load_lm,
     pack,
     tiny_lm,
 )
+from po_book.pretrained import load_lm
 from po_book.sampling import branch_out, join, sample
 
 

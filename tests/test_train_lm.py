@@ -20,15 +20,17 @@ from po_book import lm_batch
 from po_book import train_lm as module
 from po_book.checkpoint import lock_folder
 from po_book.dapo import NoSignal
-from po_book.language_model import char_tokenizer, load_lm, tiny_lm
+from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.objective import PRESETS
 from po_book.runner import Diverged
-from po_book.lm_batch import gradient_step
+from po_book.lm_step import gradient_step
 from po_book.tasks import ChainAddition, Countdown, WordProblems, is_held_out
-from po_book.train_lm import LMConfig, default_lm_config, fit_objective, save_lm, train_lm
+from po_book.lm_learner import LMConfig, default_lm_config, fit_objective, new_lm_learner, save_lm, tiny_config
+from po_book.pretrained import load_lm
+from po_book.train_lm import train_lm
 
 TASK = ChainAddition(2, 3)
-SMALL = LMConfig(
+SMALL = tiny_config(
     steps=3, prompts=4, group_size=4, max_new_tokens=6, warmup=0, lr=1e-3, epochs=1,
     minibatches=1, anneal=False,
 )
