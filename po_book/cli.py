@@ -54,8 +54,10 @@ from .checkpoint import lock_folder
 from .checks import check_at_least, check_in
 from .dapo import NoSignal
 from .distributed import resume_together, train_together
-from .language_model import ALPHABET, char_tokenizer, load_lm, tiny_lm
+from .language_model import ALPHABET, char_tokenizer, tiny_lm
+from .lm_learner import LMConfig, default_lm_config, fit_objective, save_lm
 from .objective import PRESETS, Objective
+from .pretrained import load_lm
 from .rewards import Reward, compute_rewards, verifier
 from po_book.runs import (
     log_to,
@@ -72,14 +74,7 @@ from .runner import Diverged, Run
 from .sampling import sample
 from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
 from .train import ALGORITHMS, default_config, load_run
-from po_book.train_lm import (
-    LMConfig,
-    LMRun,
-    default_lm_config,
-    fit_objective,
-    save_lm,
-    train_lm,
-)
+from .train_lm import LMRun, train_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -488,4 +483,3 @@ def main(
 # %% ../nbs/61_command_line.ipynb #f2c512fc
 if __name__ == "__main__" and globals().get("__spec__"):  # not in a notebook
     sys.exit(main())
-

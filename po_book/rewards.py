@@ -29,7 +29,7 @@ from po_book.checks import (
     check_whole,
     require,
 )
-from .language_model import pad_token_id
+from .pretrained import pad_token_id
 from .tasks import minimise
 
 if TYPE_CHECKING:

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from .checks import check_at_least, require
 from po_book.language_model import (
     Sequences,
-    check_fit,
     check_sampling,
     encode,
     hidden_states,
     log_distribution,
     next_logits,
     pack,
-    pad_token_id,
 )
+from .pretrained import check_fit, pad_token_id
 from .policies import draw_categorical
 
 if TYPE_CHECKING:

@@ -25,14 +25,8 @@ from torch import Tensor, nn
 from po_book.checks import (
     check_at_least, check_bool, check_in, check_shape, check_whole, require
 )
-from po_book.language_model import (
-    Sequences,
-    check_fit,
-    encode,
-    pack,
-    pad_token_id,
-    token_logprobs,
-)
+from .language_model import Sequences, encode, pack, token_logprobs
+from .pretrained import check_fit, pad_token_id
 from .sampling import sample
 
 if TYPE_CHECKING:

@@ -1,22 +1,31 @@
 import math
+from collections import UserList
 
 import pytest
 import torch
 from tiny_models import PROMPTS, SMALL, generator, scored
-from transformers import LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    LlamaForCausalLM,
+    MinPLogitsWarper,
+    PreTrainedTokenizerFast,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from po_book.language_model import (
     ValueModel,
     char_tokenizer,
+    check_sampling,
     encode,
     log_distribution,
     pack,
-    pad_token_id,
     prefix_states,
     tiny_lm,
     token_logprobs,
 )
-from po_book.pretrained import load_lm
+from po_book.pretrained import load_lm, pad_token_id
 from po_book.sampling import sample
 
 
@@ -131,11 +140,108 @@ def test_settings_change_the_distribution_as_they_should():
         (1.0, None, 0.5): [1.0, 0.0, 0.0],
         (1.0, None, 0.51): [0.625, 0.375, 0],
         (1.0, None, 1.0): [0.5, 0.3, 0.2],
+        (1.0, None, 1e-9): [1.0, 0.0, 0.0],
+        (1.0, None, None, 0.0): [0.5, 0.3, 0.2],
+        (1.0, None, None, 0.5): [0.625, 0.375, 0],
+        (1.0, None, None, 0.61): [1.0, 0.0, 0.0],
+        (1.0, None, None, 1.0): [1.0, 0.0, 0.0],
+        (0.5, None, None, 0.3): [25 / 34, 9 / 34, 0],
     }
     for settings, expected in cases.items():
         torch.testing.assert_close(
             log_distribution(logits, *settings).exp(), torch.tensor(expected)
         )
+
+
+LARGE = 151_936  # tokens of a common vocabulary
+
+
+def large_logits(rows: int) -> torch.Tensor:
+    return 2 * torch.randn(rows, LARGE, generator=generator())
+
+
+def test_top_p_of_one_cuts_nothing():
+    logits = large_logits(2)
+    logp = log_distribution(logits, top_p=1.0)
+    assert torch.equal(logp, logits.log_softmax(-1)) and logp.isfinite().all()
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999, 1 - 1e-6, 1 - 1e-9])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p):
+    "Counted in float64; float32 may be wrong about tokens on the very edge only."
+    logits = large_logits(2)
+    p = logits.double().softmax(-1).sort(descending=True).values
+    needed = ((p.cumsum(-1) - p) < top_p).sum(-1)
+    kept = log_distribution(logits, top_p=top_p).isfinite().sum(-1)
+    assert (kept - needed).abs().max() <= 1e-4 * needed.max()
+
+
+def test_kept_tokens_are_those_that_transformers_keeps():
+    logits = 3 * torch.randn(64, 300, generator=generator())
+    warpers = {
+        "top_k": (TopKLogitsWarper, 7),
+        "top_p": (TopPLogitsWarper, 0.8),
+        "min_p": (MinPLogitsWarper, 0.05),
+    }
+    for name, (warper, x) in warpers.items():
+        theirs = warper(x)(None, logits).log_softmax(-1)
+        ours = log_distribution(logits, **{name: x})
+        torch.testing.assert_close(ours, theirs)
+        assert 1 < ours.isfinite().sum(-1).double().mean() < 100
+    every = logits / 0.7
+    for warper, x in warpers.values():
+        every = warper(x)(None, every)
+    ours = log_distribution(logits, 0.7, 7, 0.8, 0.05)
+    torch.testing.assert_close(ours, every.log_softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_distribution_has_the_dtype_of_its_logits(dtype):
+    logits = torch.randn(3, 50, generator=generator()).to(dtype)
+    for settings in {}, dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01):
+        logp = log_distribution(logits, **settings)
+        assert logp.dtype == dtype
+        total = logp.double().exp().sum(-1)
+        torch.testing.assert_close(total, total.new_ones(3), atol=0.02, rtol=0)
+
+
+def test_settings_that_change_nothing_cost_nothing():
+    "One softmax, and no copy of the logits besides."
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    names, logits = [], torch.randn(3, 50)
+    with Seen():
+        log_distribution(logits, 1.0, 50, 1.0, 0.0)
+    assert names == ["aten::_log_softmax"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": math.inf}, "temperature must be positive and finite .* got inf"),
+        ({"temperature": math.nan}, "temperature must be positive and finite .* got nan"),
+        ({"temperature": "hot"}, "temperature must be positive and finite .* got hot"),
+        ({"temperature": True}, "temperature must be a number, got True"),
+        ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+        ({"top_k": True}, "top_k must be a whole number, got True"),
+        ({"top_k": -1}, "top_k must be at least 1, got -1"),
+        ({"top_p": True}, "top_p must be a number, got True"),
+        ({"top_p": 1.01}, r"top_p must be in \(0, 1\], got 1.01"),
+        ({"top_p": math.nan}, r"top_p must be in \(0, 1\], got nan"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
+        ({"min_p": 1.01}, r"min_p must be in \[0, 1\], got 1.01"),
+        ({"min_p": "0.1"}, r"min_p must be a number in \[0, 1\], got '0.1'"),
+        ({"min_p": False}, "min_p must be a number, got False"),
+    ],
+)
+def test_settings_that_leave_no_distribution_are_refused(settings, message):
+    for refuses in check_sampling, lambda **x: log_distribution(torch.zeros(3), **x):
+        with pytest.raises(ValueError, match=message):
+            refuses(**settings)
 
 
 def test_models_made_from_one_seed_are_equal(tokenizer):
@@ -179,6 +285,118 @@ def test_values_stand_where_log_probabilities_do(llama, tokenizer):
     policy = {id(p) for p in llama.parameters()}
     assert not policy & {id(p) for p in own.parameters()}
     assert {id(p) for p in shared.parameters()} - policy == {id(p) for p in shared.head.parameters()}
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<user>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<bot>{% endif %}"
+)
+CHAT = [{"role": "user", "content": "1+2="}]
+
+
+@pytest.fixture
+def chatty() -> PreTrainedTokenizerFast:
+    "A tokenizer that puts a bos token in front, with a chat template that does so too."
+    marks = ["<pad>", "<eos>", "<bos>", "<user>", "<bot>"]
+    vocab = {x: i for i, x in enumerate([*marks, *"012+="])}
+    backend = Tokenizer(models.WordLevel(vocab))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        additional_special_tokens=marks[3:],
+        chat_template=TEMPLATE,
+    )
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(chatty):
+    rendered = chatty.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<bos><user>1+2=<bot>"
+    rows = encode(chatty, [rendered, "1+2=", "<bos>", "<bos><bos>1", ""])
+    assert rows == [[2, 3, 6, 8, 7, 9, 4], [2, 6, 8, 7, 9], [2], [2, 2, 6], [2]]
+    assert encode(chatty, [[2, 6], [6]]) == [[2, 6], [6]]
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_stays_as_it_is_written(chatty):
+    chatty.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    assert encode(chatty, ["<bos>1", "<bos><bos>1", "1"]) == [[2, 6], [2, 2, 6], [6]]
+
+
+def test_messages_go_through_the_template_once_and_ask_for_an_answer(chatty):
+    longer = [*CHAT, {"role": "assistant", "content": "2"}, {"role": "user", "content": "0"}]
+    rows = encode(chatty, [CHAT, longer])
+    assert rows[0] == [2, 3, 6, 8, 7, 9, 4]
+    assert rows[1] == [2, 3, 6, 8, 7, 9, 3, 7, 3, 5, 4]
+    theirs = chatty.apply_chat_template([CHAT, longer], add_generation_prompt=True)
+    assert rows == theirs["input_ids"]
+
+
+def test_prompts_of_any_sequence_are_taken(chatty):
+    "A column of a data set is one."
+    assert encode(chatty, UserList(["1", "2"])) == encode(chatty, ("1", "2")) == [[2, 6], [2, 7]]
+    assert encode(chatty, UserList([CHAT, CHAT])) == 2 * [[2, 3, 6, 8, 7, 9, 4]]
+    assert encode(chatty, []) == []
+
+
+NO_PROMPT = r"prompts\[1\] must be a text, tokens, or messages with a role and a text"
+
+
+@pytest.mark.parametrize(
+    "prompt, got",
+    [
+        ([], r"\[\]"),
+        (["1", "+"], r"\['1', '\+'\]"),
+        ([1.0], r"\[1.0\]"),
+        ([True], r"\[True\]"),
+        ([1, "1"], r"\[1, '1'\]"),
+        ([*CHAT, 1], r"\[\{'content': '1\+2=', 'role': 'user'\}, 1\]"),
+        ([{"role": "user"}], r"\[\{'role': 'user'\}\]"),
+        ([{"content": "1"}], r"\[\{'content': '1'\}\]"),
+        ([{"role": "user", "content": None}], "None"),
+        (CHAT[0], r"\{'content': '1\+2=', 'role': 'user'\}"),
+        (torch.tensor([1, 2]), r"tensor\(\[1, 2\]\)"),
+        (5, "5"),
+        (None, "None"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(chatty, prompt, got):
+    with pytest.raises(ValueError, match=f"{NO_PROMPT} as content, got .*{got}"):
+        encode(chatty, ["1", prompt])
+
+
+def test_what_a_tokenizer_gives_is_no_prompt(chatty):
+    one, two = chatty("1+2="), chatty(["1+2=", "1"])
+    with pytest.raises(ValueError, match=r"prompts\[0\] must be a text, tokens, .* got"):
+        encode(chatty, [one])
+    for several in one, two, "1+2=", 5, torch.tensor([[1, 2]]):
+        with pytest.raises(ValueError, match="prompts must be a list of prompts, got"):
+            encode(chatty, several)
+
+
+def test_prompts_are_of_one_kind(chatty):
+    rule = "all texts, all tokens or all messages"
+    for prompts, got in [
+        (["1", [6]], "texts and tokens"),
+        ([CHAT, "1"], "messages and texts"),
+        ([[6], CHAT, "1"], "messages and texts and tokens"),
+    ]:
+        with pytest.raises(ValueError, match=f"prompts must be {rule}, got {got}"):
+            encode(chatty, prompts)
+
+
+def test_messages_need_a_template_that_takes_them(chatty):
+    chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="cannot be tokenized: roles must alternate"):
+        encode(chatty, [CHAT])
+    chatty.chat_template = None
+    with pytest.raises(ValueError, match="tokenizer.chat_template must be set .* got None"):
+        encode(chatty, [CHAT])
 
 
 def test_texts_end_where_the_completion_does(tokenizer):

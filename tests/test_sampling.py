@@ -136,7 +136,7 @@ def test_a_cut_off_completion_is_not_finished(tokenizer):
         ({"prompts": []}, "pair up, got 0 prompts"),
         ({"prompts": ["1" * 30]}, r"prompts\[0\] has 30 tokens, and 4 may follow.* 32"),
         ({"prompts": ["x="]}, "prompts cannot be tokenized"),
-        ({"prompts": ["3+8=", [5, 6]]}, "all texts or all tokens, got 1 texts among 2"),
+        ({"prompts": ["3+8=", [5, 6]]}, "all tokens or all messages, got texts and tokens"),
         ({"prompts": [[5, 99]]}, r"prompts\[0\] has tokens outside the vocabulary of 18"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
