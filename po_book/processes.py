@@ -68,6 +68,9 @@ def _group(store: dist.Store, rank: int, size: int, timeout: float) -> Iterator[
     dist.init_process_group(backend, timeout=wait, **how)
     Peers.store = dist.PrefixStore("word", room)
     try:
+        # One that leaves at once would break the lines that others still set up.
+        room.set(f"in/{rank}", "")
+        room.wait([f"in/{r}" for r in range(size)], wait)
         yield
     finally:
         dist.destroy_process_group()
