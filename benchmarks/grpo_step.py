@@ -8,15 +8,13 @@ fine-tuned for a while, and with random weights and no end, where all completion
 tokens. Both trainers sample, reward, and take one step of AdamW; the reward is a cheap
 function of the text that differs within every group, so that no group is dead. The
 trainers take turns, a few steps each. Memory is measured in processes of their own: the
-most that is held, beyond what was held when imports and a first step were done. On a CPU
-`fast_cpu` buys speed with memory, so `train_lm` stands there with and without it.
+most that is held, beyond what was held when imports and a first step were done.
 """
 
 import logging
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,15 +43,14 @@ def reward(prompts, completions, **columns) -> list[float]:
 
 
 def ours(
-    model, tokenizer, beta: float, steps: int = STEPS, prompts: int = PROMPTS,
-    fast_cpu: bool = True,
+    model, tokenizer, beta: float, steps: int = STEPS, prompts: int = PROMPTS
 ) -> list[float]:
     "Milliseconds of each step but the first two."
     kl = InLoss(beta) if beta else NoReference()
     objective = Objective(Group(), Clip(), kl, Aggregation("token"))
     config = tiny_config(
         steps=steps, prompts=prompts, group_size=GROUP, max_new_tokens=NEW, lr=1e-6, epochs=1,
-        minibatches=1, fast_cpu=fast_cpu,
+        minibatches=1,
     )
     times = [perf_counter()]
     train_lm(
@@ -94,7 +91,7 @@ def trl(
     return [1e3 * (b - a) for a, b in zip(times[2:], times[3:])]
 
 
-TRAINERS = {"TRL": trl, "po_book": ours, "fast_cpu off": partial(ours, fast_cpu=False)}
+TRAINERS = {"TRL": trl, "po_book": ours}
 
 
 def memory(trainer: str, path: Path, beta: float, threads: int) -> float:

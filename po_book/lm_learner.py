@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Precision', 'LMConfig', 'tiny_config', 'default_lm_config', 'find_objective', 'fit_objective', 'make_accelerator',
-           'LMLearner', 'new_lm_learner', 'fast_cpu', 'save_learner', 'restore_learner', 'save_lm']
+           'LMLearner', 'new_lm_learner', 'save_learner', 'restore_learner', 'save_lm']
 
 # %% ../nbs/48c_lm_learner.ipynb #90efd581
 import os
@@ -66,7 +66,6 @@ class LMConfig(BatchConfig):
     checkpoint_every: int = 50  # steps between checkpoints
     precision: Precision | None = None  # of products; none: the launcher's, or float32
     recompute: bool = False    # layers keep their input only: less memory, more time
-    fast_cpu: bool = True      # oneDNN's products and plain attention to learn on a CPU
 
     def __post_init__(self):
         "Raises: `ValueError` if a number of something, or a rate, makes no sense."
@@ -263,33 +262,11 @@ def new_lm_learner(
         torch.Generator().manual_seed(next(seeds)),
     )
 
-# %% ../nbs/48c_lm_learner.ipynb #65e102ad
-@contextmanager
-def fast_cpu(
-    *models: "PreTrainedModel | None",  # those that are there and on a CPU
-) -> Iterator[None]:
-    "On a CPU: oneDNN's matrix products and plain attention; undone afterwards."
-    models = [x for x in models if x is not None and x.device.type == "cpu"]
-    if not models:
-        yield
-        return
-    precision = torch.get_float32_matmul_precision()
-    before = [model.config._attn_implementation for model in models]
-    torch.set_float32_matmul_precision("medium")
-    try:
-        for model in models:
-            model.set_attn_implementation("eager")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for model, attention in zip(models, before):
-            model.set_attn_implementation(attention)
-
 # %% ../nbs/48c_lm_learner.ipynb #ca1e9ae7
 def _leave_frozen(models: list[nn.Module], weights: list[dict], folder: str) -> None:
     "Take out of what is saved what does not learn."
     for model, state in zip(models, weights):
-        for name, p in model.named_parameters():
+        for name, p in model.named_parameters(remove_duplicate=False):
             if not p.requires_grad:
                 state.pop(name, None)
 

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from .checkpoint import check_asked, lock_folder, write_asked, write_table
 from .lm_batch import Answers, all_or_none, collect, for_all, grade
 from po_book.lm_learner import (
-    LMConfig, LMLearner, default_lm_config, fast_cpu, find_objective, fit_objective,
-    new_lm_learner, restore_learner, save_learner, save_lm,
+    LMConfig, LMLearner, default_lm_config, find_objective, fit_objective, new_lm_learner,
+    restore_learner, save_learner, save_lm,
 )
 from .lm_step import gradient_step, learnable
 from .objective import Objective
@@ -124,9 +124,7 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
     _set_lr(learner, config, step)
     answers, facts = all_or_none(learner.accelerator, lambda: _collect(run, learner))
     sampled = perf_counter()
-    models = learner.policy, learner.critic and learner.critic.trunk, learner.reference
-    with fast_cpu(*models if config.fast_cpu else ()):
-        metrics = _improve(run, learner, _batch(run, learner, answers))
+    metrics = _improve(run, learner, _batch(run, learner, answers))
     if config.reset_reference and step % config.reset_reference == 0:
         _reset(learner)
     seconds = perf_counter() - start

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from po_book import lm_batch
+from po_book import lm_step
 from po_book import train_lm as module
 from po_book.checkpoint import lock_folder
 from po_book.dapo import NoSignal
@@ -65,7 +65,7 @@ def gradient(objective, config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("accelerate.Accelerator.clip_grad_norm_", look)
-        run(objective, replace(config, steps=1, fast_cpu=False))
+        run(objective, replace(config, steps=1))
     return seen["g"]
 
 
@@ -74,7 +74,7 @@ LANGUAGE = ["rlhf-ppo", "rloo", "grpo", "dr-grpo", "dapo", "magistral", "prorl"]
 
 @pytest.mark.parametrize("name", ["reinforce", "a2c", "ppo-kl", "ppo", *LANGUAGE])
 def test_every_preset_learns_from_the_same_call(name):
-    done = run(name, replace(SMALL, fast_cpu=False))  # products of a CPU may round
+    done = run(name)
     assert [row["step"] for row in done.log] == [1, 2, 3]
     assert (weights(done.model) - weights(model())).abs().max() > 1e-4
     assert all(math.isfinite(x) for row in done.log for x in row.values())
@@ -111,17 +111,17 @@ def test_leaving_out_dead_groups_does_not_change_the_gradient(name, monkeypatch)
 
     config = replace(SMALL, prompts=8, steps=1)
     grads, rows = [], []
-    read = lm_batch.token_logprobs
+    read = lm_step.token_logprobs
 
     def counted(policy, ids, *rest, **options):
         rows.append(len(ids))
         return read(policy, ids, *rest, **options)
 
-    monkeypatch.setattr(lm_batch, "token_logprobs", counted)
+    monkeypatch.setattr(lm_step, "token_logprobs", counted)
     for keep_all in (False, True):
         with monkeypatch.context() as patch:
             if keep_all:
-                patch.setattr(lm_batch, "live_rows", lambda objective, batch, size: batch)
+                patch.setattr(lm_step, "live_rows", lambda objective, batch, size: batch)
             patch.setattr(
                 "accelerate.Accelerator.clip_grad_norm_",
                 lambda self, ps, m: grads.append(
@@ -129,7 +129,7 @@ def test_leaving_out_dead_groups_does_not_change_the_gradient(name, monkeypatch)
                 ) or torch.tensor(0.0),
             )
             objective = replace(PRESETS[name], kl=PRESETS["dr-grpo"].kl)
-            done = run(objective, replace(config, fast_cpu=False), reward=reward)
+            done = run(objective, config, reward=reward)
     assert 0 < done.log[0]["dead_groups"] < 1
     assert rows[0] < rows[1] == 32
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
@@ -318,13 +318,6 @@ def test_the_settings_of_the_process_are_left_as_they_were():
     assert before == (torch.get_float32_matmul_precision(), start.config._attn_implementation)
     assert torch.equal(state, torch.get_rng_state())
     assert not start.training
-
-
-def test_the_fast_paths_of_the_cpu_are_close_to_the_plain_ones():
-    plain, fast = (run(config=replace(SMALL, steps=1, fast_cpu=x)) for x in (False, True))
-    assert plain.log[0]["reward"] == fast.log[0]["reward"]
-    norms = [x.log[0]["grad_norm"] for x in (plain, fast)]
-    assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
 def test_scores_are_of_held_out_problems():
@@ -683,7 +676,7 @@ def clip(self, parameters, longest):
 
 module._batch, Accelerator.clip_grad_norm_ = look, clip
 time.sleep(int(os.environ["RANK"]))  # the second comes when the first could have begun
-config = replace(t.SMALL, steps=1, micro_batch=3, fast_cpu=False)
+config = replace(t.SMALL, steps=1, micro_batch=3)
 done = t.run({name!r}, config, out={out!r} + "/run")
 kept["weights"] = t.weights(done.model)
 torch.save(kept, {out!r} + "/" + str(kept["rank"]) + ".pt")
@@ -715,7 +708,7 @@ def test_two_processes_take_the_step_of_one_on_both_batches(name, tmp_path):
         for key in one["batch"]
     }
     rewards = torch.cat([one["rewards"], two["rewards"]])
-    config = replace(SMALL, prompts=8, fast_cpu=False)
+    config = replace(SMALL, prompts=8)
     alone = module.LMRun(PRESETS[name], config, 0, model())
     learner = module._learner(alone, char_tokenizer(), TASK, count_ones, "cpu")
     values = torch.zeros_like(batch["logp_old"])  # of a critic that has not learned yet
