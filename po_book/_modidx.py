@@ -932,5 +932,6 @@ d = { 'settings': { 'branch': 'main',
                                 'po_book.verify._number_pair': ('verify.html#_number_pair', 'po_book/verify.py'),
                                 'po_book.verify._pair': ('verify.html#_pair', 'po_book/verify.py'),
                                 'po_book.verify._show': ('verify.html#_show', 'po_book/verify.py'),
+                                'po_book.verify.exceeds': ('verify.html#exceeds', 'po_book/verify.py'),
                                 'po_book.verify.holds': ('verify.html#holds', 'po_book/verify.py'),
                                 'po_book.verify.refuted': ('verify.html#refuted', 'po_book/verify.py')}}}

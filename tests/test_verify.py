@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from po_book.verify import holds, refuted
+from po_book.verify import exceeds, holds, refuted
 
 
-@pytest.mark.parametrize("check", [holds, refuted])
+@pytest.mark.parametrize("check", [holds, refuted, exceeds])
 @pytest.mark.parametrize(
     "a, b",
     [
@@ -102,3 +102,14 @@ def test_a_difference_as_large_as_the_tolerance_holds_and_is_not_refuted(right, 
     holds("edge", 1.0, right, atol=atol)
     with pytest.raises(AssertionError, match="not refuted: edge"):
         refuted("edge", 1.0, right, atol=atol)
+
+
+def test_what_exceeds_is_shown_where_it_is_closest(capsys):
+    exceeds("larger", [5.0, 2.5, 9.0], [1.0, 2.0, 3.0], source="S1.1")
+    assert capsys.readouterr().out == "holds: larger · `2.5` is above `2` · S1.1\n"
+
+
+@pytest.mark.parametrize("value", [[5.0, 2.0], [5.0, 1.9]])
+def test_what_is_equal_or_below_does_not_exceed(value):
+    with pytest.raises(AssertionError, match="does not exceed: larger · `.*` is not above `2`"):
+        exceeds("larger", value, [1.0, 2.0])
