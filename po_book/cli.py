@@ -53,6 +53,7 @@ import po_book.multi_agent  # adds its methods and teams
 from .checkpoint import lock_folder
 from .checks import check_at_least, check_in
 from .dapo import NoSignal
+from .data import Problems
 from .distributed import resume_together, train_together
 from .language_model import ALPHABET, char_tokenizer, load_lm, tiny_lm
 from .objective import PRESETS, Objective
@@ -70,7 +71,7 @@ from .algorithm import Config
 from .learner import find_device
 from .runner import Diverged, Run
 from .sampling import sample
-from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
+from .tasks import ChainAddition, Countdown, Task, sft
 from .train import ALGORITHMS, default_config, load_run
 from po_book.train_lm import (
     LMConfig,
@@ -203,7 +204,7 @@ def load_task(
     if name not in TASKS and not name.endswith(".jsonl"):
         known = f"one of {[*TASKS]} or a .jsonl file with problems"
         raise ValueError(f"task must be {known}, got {name!r}")
-    task = TASKS[name]() if name in TASKS else WordProblems(name)
+    task = TASKS[name]() if name in TASKS else Problems(name)
     for held_out in (False, True):
         task.prompts(1, held_out=held_out)
     return task
