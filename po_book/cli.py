@@ -53,6 +53,7 @@ import po_book.multi_agent  # adds its methods and teams
 from .checkpoint import lock_folder
 from .checks import check_at_least, check_in
 from .dapo import NoSignal
+from .data import Problems
 from .distributed import resume_together, train_together
 from .language_model import ALPHABET, char_tokenizer, tiny_lm
 from .lm_learner import LMConfig, default_lm_config, fit_objective, save_lm
@@ -72,7 +73,7 @@ from .algorithm import Config
 from .learner import find_device
 from .runner import Diverged, Run
 from .sampling import sample
-from .tasks import ChainAddition, Countdown, Task, WordProblems, sft
+from .tasks import ChainAddition, Countdown, Task, sft
 from .train import ALGORITHMS, default_config, load_run
 from .train_lm import LMRun, train_lm
 
@@ -198,7 +199,7 @@ def load_task(
     if name not in TASKS and not name.endswith(".jsonl"):
         known = f"one of {[*TASKS]} or a .jsonl file with problems"
         raise ValueError(f"task must be {known}, got {name!r}")
-    task = TASKS[name]() if name in TASKS else WordProblems(name)
+    task = TASKS[name]() if name in TASKS else Problems(name)
     for held_out in (False, True):
         task.prompts(1, held_out=held_out)
     return task

@@ -68,7 +68,9 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
     metadata = read_metadata(wheel)
     line = next(x for x in README.splitlines() if x.startswith("Extras"))
     extras = set(metadata.get_all("Provides-Extra"))
-    assert extras == {"video", "box2d", "peft", "tensorboard", "wandb", "agents", "dev"}
+    assert extras == {
+        "video", "box2d", "peft", "data", "math", "tensorboard", "wandb", "agents", "dev",
+    }  # fmt: skip
     assert extras - {"dev"} == set(re.findall("`(.*?)`", line))
     asked = [x for x in metadata.get_all("Requires-Dist") if "extra == " in x]
     packages = {
@@ -77,6 +79,7 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
     }
     assert packages == {
         "video": ["pygame"], "box2d": ["gymnasium[box2d]"], "peft": ["peft"],
+        "data": ["datasets"], "math": ["math-verify"],
         "tensorboard": ["tensorboard"], "wandb": ["wandb"], "agents": ["pettingzoo", "mpe2"],
     }  # fmt: skip
 
@@ -86,7 +89,7 @@ def test_what_a_message_tells_to_install_is_an_extra(wheel):
     for path in (ROOT / "po_book").glob("*.py"):
         told |= set(re.findall(r"pip install 'po-book\[(\w+)\]'", path.read_text("utf-8")))
     extras = read_metadata(wheel).get_all("Provides-Extra")
-    assert {"video", "wandb"} <= told <= set(extras)
+    assert {"video", "wandb", "math"} <= told <= set(extras)
 
 
 def test_every_module_imports_without_development_dependencies(python, tmp_path):

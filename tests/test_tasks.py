@@ -1,20 +1,24 @@
 import math
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import pytest
 import torch
 from tiny_models import PROMPTS, SMALL, generator
 
+from po_book import tasks
 from po_book.language_model import tiny_lm
+from po_book.sampling import sample
 from po_book.tasks import (
     ChainAddition,
     Countdown,
-    WordProblems,
+    Task,
     is_held_out,
     minimise,
     pass_at_k,
     sft,
+    spawn,
     success_rate,
+    verdicts,
 )
 
 
@@ -133,29 +137,81 @@ def test_a_number_of_problems_is_whole(n, rule):
     assert ChainAddition().prompts(0) == []
 
 
-@pytest.mark.parametrize(
-    "prompt, answer, told",
-    [('"a"', '"twelve"', "twelve"), ('"a"', "NaN", "answer must be finite, got nan"), ('"a"', "true", "True"),
-     ('"a"', "[3]", "3"), ('"a"', "null", "None"), ("7", "3", "prompt must be a text, got 7"),
-     ("[1]", "3", r"prompt must be a text, got \[1\]"), ('""', "3", "prompt must be a text, got ''")],
-)
-def test_a_problem_is_a_text_and_a_number(tmp_path, prompt, answer, told):
-    path = tmp_path / "x.jsonl"
-    path.write_text(f'{{"prompt": "b", "answer": "1,200."}}\n{{"prompt": {prompt}, "answer": {answer}}}\n')
-    want = 'line 2 must be a JSON object with a text "prompt", a number "answer": '
-    with pytest.raises(ValueError, match=want + f".*{told}"):
-        WordProblems(path)
-
-
-def test_a_file_of_problems_need_not_be_made_harder(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"prompt": "1+1=", "answer": 2}\n')
+def test_a_made_up_task_need_be_made_harder():
     part = {True: "training", False: "held-out"}[is_held_out("1+1=")]
-    with pytest.raises(ValueError, match=f"too few {part} problems: add some to the file$"):
-        WordProblems(path).prompts(1, held_out=part == "held-out")
     with pytest.raises(ValueError, match="too few .* problems: make it harder$"):
         Few().prompts(1, held_out=part == "held-out")
-    assert not WordProblems(path).verify("1+1=", "9" * 400)
+
+
+LONG = ChainAddition(12, 12)  # so many problems that none comes twice
+
+
+def test_a_stream_goes_on_from_its_place():
+    whole = LONG.take(40, 0, seed=3)
+    assert LONG.take(15, 0, seed=3) + LONG.take(25, 15, seed=3) == whole
+    assert ChainAddition(12, 12).take(1, 39, seed=3) == whole[39:] and LONG.take(0, 7) == []
+    assert len({*whole}) == 40 and not any(map(is_held_out, whole))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_one_stream_and_no_problem(world):
+    parts = [LONG.take(12, 4, seed=1, rank=rank, world=world) for rank in range(world)]
+    turns = [prompt for turn in zip(*parts) for prompt in turn]
+    assert turns == LONG.take(12 * world, 4 * world, seed=1) and len({*turns}) == 12 * world
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**40])
+def test_neighbouring_seeds_share_no_problem(seed):
+    assert not {*LONG.take(200, 0, seed)} & {*LONG.take(200, 0, seed + 1)}
+
+
+def test_every_place_of_every_seed_is_spawned_apart():
+    words = {tuple(spawn(seed, place).generate_state(2)) for seed in range(-20, 20) for place in range(50)}
+    assert len(words) == 40 * 50
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        (dict(n=-1), "n must be at least 0, got -1"), (dict(n=1.5), "n must be a whole number, got 1.5"),
+        (dict(start=-1), "start must be at least 0, got -1"), (dict(start=True), "start must be a whole number, got True"),
+        (dict(seed=0.5), "seed must be a whole number, got 0.5"), (dict(rank=2, world=2), r"rank must be in \[0, 2\), got 2"),
+        (dict(rank=-1), r"rank must be in \[0, 1\), got -1"), (dict(world=0), r"rank must be in \[0, 0\), got 0"),
+    ],
+)  # fmt: skip
+def test_a_place_that_is_none_is_refused(settings, told):
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        LONG.take(**(dict(n=1, start=0) | settings))
+
+
+class Chat(ChainAddition):
+    "Messages for prompts."
+
+    def draw(self, rng):
+        return [{"role": "user", "content": super().draw(rng)}]
+
+
+def test_messages_are_held_out_by_their_text():
+    chat = Chat()
+    both = [chat.prompts(50, held_out=part) for part in (False, True)]
+    assert [is_held_out(x) for x in both[1]] == [True] * 50
+    assert not [x for x in both[0] if x in both[1]] and chat.take(2, 0)[0][0]["role"] == "user"
+
+
+def test_a_task_that_is_not_drawn_from_need_not_say_how():
+    class One(Task):
+        def solution(self, prompt):
+            return "2"
+
+        def verify(self, prompt, completion):
+            return completion == "2"
+
+        def at(self, place, seed):
+            return f"{seed}+{place}="
+
+    assert One().take(3, 1, seed=7) == ["7+1=", "7+2=", "7+3="]
+    with pytest.raises(NotImplementedError):
+        One().prompts(1)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +244,7 @@ def test_nothing_to_learn_from_or_to_ask_is_refused(tokenizer):
         sft(model, tokenizer, [], [], 1)
     with pytest.raises(ValueError, match="^prompts must be at least one, got none$"):
         success_rate(model, tokenizer, ChainAddition(), [])
-    for name, x, rule in (("samples", 0, "at least 1"), ("samples", 1.5, "a whole number"),
+    for name, x, rule in (("at_once", -1, "at least 0"), ("at_once", 1.5, "a whole number"), ("samples", 0, "at least 1"), ("samples", 1.5, "a whole number"),
                           ("max_new_tokens", 0, "at least 1"), ("max_new_tokens", 2.5, "a whole number")):
         with pytest.raises(ValueError, match=f"^{name} must be {rule}, got {x}$"):
             success_rate(model, tokenizer, ChainAddition(), PROMPTS, **{name: x})
@@ -197,8 +253,53 @@ def test_nothing_to_learn_from_or_to_ask_is_refused(tokenizer):
 @pytest.mark.parametrize("k", [1, 2, 4, 5])
 def test_pass_at_k_is_the_mean_over_all_sets_of_k(k):
     right = torch.rand(6, 5, generator=generator()) < 0.3
-    solved = [right[:, list(some)].any(1).double().mean() for some in combinations(range(5), k)]
-    assert pass_at_k(right, k) == pytest.approx(torch.stack(solved).mean().item(), abs=1e-12)
+    sets = [right[:, list(some)].any(1).double() for some in combinations(range(5), k)]
+    solved = torch.stack(sets).mean(0)
+    mean, error = pass_at_k(right, k)
+    assert mean == pytest.approx(solved.mean().item(), abs=1e-12)
+    assert error == pytest.approx((solved.var() / 6).sqrt().item(), abs=1e-12)
+
+
+def test_avg_at_k_and_its_error_are_those_of_the_means_of_problems():
+    right = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    assert pass_at_k(right) == (0.5, pytest.approx(math.sqrt(0.25 / 3)))
+    assert pass_at_k(right[:2]) == (0.75, 0.25)
+    assert pass_at_k(right[:1]).mean == 1 and math.isnan(pass_at_k(right[:1]).error)
+    assert pass_at_k(right[:1].expand(5, 4)) == (1, 0)
+    assert pass_at_k(torch.tensor([[True, True, False, False, False]] * 3)) == (0.4, 0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("kinds", [(0.2, 0.9), (0.0, 1.0), (0.5, 0.5)])
+def test_the_squared_error_is_without_bias(kinds, k):
+    "Over all that can happen to two problems of two kinds, with three responses each."
+    total = torch.zeros(3, dtype=torch.float64)
+    for ps in product(kinds, repeat=2):
+        for row in product((False, True), repeat=6):
+            table = torch.tensor(row).view(2, 3)
+            p = torch.tensor(ps, dtype=torch.float64)[:, None]
+            mean, error = pass_at_k(table, k)
+            chance = 0.25 * torch.where(table, p, 1 - p).prod()
+            total += chance * torch.tensor([mean, mean**2, error**2], dtype=torch.float64)
+    mean, square, error2 = total.tolist()
+    assert error2 == pytest.approx(square - mean**2, abs=1e-12)
+    if k == 1:
+        draws = sum(p * (1 - p) for p in kinds) / 2
+        problems = (kinds[0] - kinds[1]) ** 2 / 4
+        assert error2 == pytest.approx((draws / 3 + problems) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_two_standard_errors_hold_the_truth_nineteen_times_in_twenty(k):
+    "Sixty problems of very different difficulty, eight responses; 2000 times."
+    order, p = generator(1), torch.rand(2000, 60, 1, generator=generator(2)) ** 3
+    tables = torch.rand(2000, 60, 8, generator=order) < p
+    truth = {1: 1 / 4, 4: 1 - sum(math.comb(4, i) * (-1) ** i / (3 * i + 1) for i in range(5))}[k]
+    found = [pass_at_k(table, k) for table in tables]
+    inside = sum(abs(mean - truth) < 1.96 * error for mean, error in found) / 2000
+    assert inside == pytest.approx(0.95, abs=0.015)
+    spread = torch.tensor([mean for mean, _ in found]).std().item()
+    assert sum(error for _, error in found) / 2000 == pytest.approx(spread, rel=0.05)
 
 
 def test_pass_at_k_refuses_what_it_cannot_answer():
@@ -236,10 +337,97 @@ def test_one_loop_takes_the_steps_of_adamw():
     assert torch.equal(weights, other) and len({tuple(x.tolist()) for x in asked}) > 1
 
 
-def test_gradients_are_cut_to_the_longest_allowed():
-    norms = []
+def test_gradients_are_cut_to_the_longest_allowed(monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def watched(self):
+        norms.append(self.param_groups[0]["params"][0].grad.norm().item())
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     for longest in (math.inf, 0.5):
         weights = torch.nn.Parameter(torch.full((3,), 10.0))
         minimise(lambda rows: weights.square().sum(), [weights], 1, 1, 1, 0.1, max_grad_norm=longest)
-        norms.append(weights.grad.norm().item())
     assert norms[0] > 30 and norms[1] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_gradients_of_the_caller_enter_no_step_and_none_are_left():
+    found = []
+    for left in (None, torch.full((3,), 7.0)):
+        weights = torch.nn.Parameter(torch.ones(3))
+        weights.grad = left
+        minimise(lambda rows: weights.square().sum(), [weights], 1, 2, 1, 0.1)
+        assert weights.grad is None
+        found.append(weights.detach())
+    assert torch.equal(*found) and not torch.equal(found[0], torch.ones(3))
+    weights.grad = torch.ones(3)
+    minimise(lambda rows: weights.sum(), [weights], 1, 0, 1, 0.1)
+    assert weights.grad is None
+
+
+class Noisy(torch.nn.Module):
+    "Drops half of what goes through a layer, where that is allowed."
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_fine_tuning_is_without_dropout_and_leaves_the_model_in_its_mode(tokenizer):
+    losses = []
+    for training in (False, True):
+        model = tiny_lm(tokenizer, **SMALL)
+        model.model.norm = torch.nn.Sequential(model.model.norm, Noisy())
+        model.train(training)
+        model.model.layers[0].eval()  # a part may have a mode of its own
+        modes = [part.training for part in model.modules()]
+        losses.append(sft(model, tokenizer, ["1+1="], ["2"], 3, 1, generator=generator()))
+        assert [part.training for part in model.modules()] == modes
+        assert all(p.grad is None for p in model.parameters())
+    assert losses[0] == losses[1]
+
+
+def test_the_mode_comes_back_after_an_error(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL).train()
+    with pytest.raises(ValueError, match="steps must be at least 0"):
+        sft(model, tokenizer, ["1+1="], ["2"], -1)
+    assert model.training
+
+
+def test_gradients_left_on_a_model_do_not_change_its_fine_tuning(tokenizer):
+    runs = []
+    for left in (False, True):
+        model = tiny_lm(tokenizer, **SMALL)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if left else None
+        runs.append(sft(model, tokenizer, PROMPTS, ["16", "9", "4"], 3, 2, generator=generator()))
+    assert runs[0] == runs[1]
+
+
+def test_verdicts_are_a_row_a_problem(tokenizer):
+    class Starts(ChainAddition):
+        def verify(self, prompt, completion):
+            return int(completion[:1] in "0123")  # no bool, as rules of one's own may be
+
+    model = tiny_lm(tokenizer, **SMALL)
+    table = verdicts(model, tokenizer, Starts(), PROMPTS, 5, 4, generator())
+    texts = sample(model, tokenizer, PROMPTS, 5, 4, generator=generator()).texts(tokenizer)
+    assert table.dtype == torch.bool and table.shape == (3, 5) and 0 < table.sum() < 15
+    assert table.flatten().tolist() == [text[:1] in "0123" for text in texts]
+    rate = success_rate(model, tokenizer, Starts(), PROMPTS, 4, generator(), 5)
+    assert rate == pass_at_k(table).mean
+
+
+def test_sampling_is_as_in_the_run(tokenizer, monkeypatch):
+    "Settings reach the sampler, a part of the prompts at a time."
+    asked = []
+
+    def watched(model, tokenizer, prompts, *settings, **more):
+        asked.append((prompts, settings, {k: x for k, x in more.items() if k != "generator"}))
+        return sample(model, tokenizer, prompts, *settings, **more)
+
+    monkeypatch.setattr(tasks, "sample", watched)
+    model, how = tiny_lm(tokenizer, **SMALL), dict(temperature=0.5, top_k=1, top_p=0.9)
+    rates = [success_rate(model, tokenizer, ChainAddition(), PROMPTS, 6, samples=2, at_once=n, **how) for n in (0, 2)]
+    assert rates[0] == rates[1]  # the most likely tokens need no luck
+    assert [x[0] for x in asked] == [PROMPTS, PROMPTS[:2], PROMPTS[2:]]
+    assert all(x[1:] == ((2, 6), how) for x in asked)

@@ -20,13 +20,16 @@ from po_book import lm_step
 from po_book import train_lm as module
 from po_book.checkpoint import lock_folder
 from po_book.dapo import NoSignal
+from po_book.data import Problems
 from po_book.language_model import char_tokenizer, tiny_lm
-from po_book.objective import PRESETS
-from po_book.runner import Diverged
+from po_book.lm_learner import (
+    LMConfig, default_lm_config, fit_objective, new_lm_learner, save_lm, tiny_config,
+)
 from po_book.lm_step import gradient_step
-from po_book.tasks import ChainAddition, Countdown, WordProblems, is_held_out
-from po_book.lm_learner import LMConfig, default_lm_config, fit_objective, new_lm_learner, save_lm, tiny_config
+from po_book.objective import PRESETS
 from po_book.pretrained import load_lm
+from po_book.runner import Diverged
+from po_book.tasks import ChainAddition, Countdown, is_held_out
 from po_book.train_lm import train_lm
 
 TASK = ChainAddition(2, 3)
@@ -778,38 +781,10 @@ def test_a_model_that_was_saved_learns_word_problems(kind, tmp_path):
 
     config = replace(SMALL, steps=2, eval_every=2, eval_prompts=4)
     start = weights(lm)
-    done = train_lm(lm, its, WordProblems(problems), digits, "grpo", config,
+    done = train_lm(lm, its, Problems(problems), digits, "grpo", config,
                     device="cpu", progress=False)
     assert (weights(lm) - start).abs().max() > 1e-4
     assert "success" in done.log[-1]
     for prompt, answer in seen:
         a, b = re.findall(r"\d", prompt)
-        assert answer == str(int(a) + int(b))
-
-
-@pytest.mark.parametrize(
-    "completion, right",
-    [("so it is 12", True), ("12", True), ("12.0.", True), ("1,2", True), ("21", False),
-     ("12 or 13", False), ("", False), ("twelve", False)],
-)
-def test_a_word_problem_is_solved_by_its_last_number(tmp_path, completion, right):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"prompt": "7+5?", "answer": 12}\n')
-    assert WordProblems(path).verify("7+5?", completion) is right
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "line 1 must be a JSON object"),
-        ('{"prompt": "a"}', "line 1 must be .* KeyError"),
-        ("[1]", "line 1 must be"),
-        ('{"prompt": "a", "answer": 1}\n{"prompt": "a", "answer": 2}', "line 2: .* another answer"),
-        ("", "no problems"),
-    ],
-)
-def test_files_of_word_problems_that_cannot_be_read(tmp_path, text, message):
-    path = tmp_path / "x.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        WordProblems(path)
+        assert answer == int(a) + int(b)
