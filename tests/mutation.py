@@ -366,7 +366,7 @@ FAULTS = [
     Fault("sft-mean", "tasks.py", "return -logp.sum() / part.mask.sum()", "return -logp.mean()", "test_tasks.py"),
     Fault("sft-rows", "tasks.py", "return -logp.sum() / part.mask.sum()", "return -(logp.sum(1) / part.mask.sum(1)).mean()", "test_tasks.py"),
     Fault("sft-end", "tasks.py", "answers = [[*answer, tokenizer.eos_token_id] for answer in answers]", "pass", "test_tasks.py"),
-    Fault("score-state", "rewards.py", "states.last_hidden_state[torch.arange(len(rows)), last]", "states.last_hidden_state[torch.arange(len(rows)), last - 1]", "test_rewards.py -k score"),
+    Fault("score-state", "reward_models.py", "hidden[torch.arange(len(rows)), last]", "hidden[torch.arange(len(rows)), last - 1]", "test_reward_models.py -k score"),
     Fault("sum-pairs", "rewards.py", "for w, x in zip(weights, row) if x is not None]", "for w, x in zip(weights, [x for x in row if x is not None])]", "test_rewards.py -k sum"),
     Fault("lm-pace", "train_lm.py", "pace *= 1 - (step - 1) / config.steps", "pace *= 1 - step / config.steps", "test_train_lm.py -k rate_rises"),
     Fault("lm-warmup", "train_lm.py", "pace = min(1, step / (config.warmup + 1))", "pace = min(1, step / config.warmup)", "test_train_lm.py -k rate_rises"),

@@ -1,22 +1,22 @@
-"Rewards: one signature and its errors, preferences, best of n, steps, judges."
-import itertools
+"Rewards: one signature and its errors, what waits, what is logged, sums and rules."
+import asyncio
 import math
+import threading
+from fractions import Fraction
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.rewards import (
-    RewardModel,
-    best_of_n,
-    bradley_terry_loss,
+    OFFERED,
+    RewardLog,
+    completion_text,
     compute_rewards,
-    fit_reward_model,
-    judge,
-    pair_accuracy,
-    potential_rewards,
-    prefixes,
-    step_scores,
+    is_async,
+    mean_metrics,
     verifier,
     weighted_sum,
 )
@@ -31,27 +31,6 @@ def returning(values):
         return values
 
     return reward
-
-
-def noise(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def model():
-    tokenizer = char_tokenizer()
-    return RewardModel(tiny_lm(tokenizer, width=16, layers=1, heads=2), tokenizer)
-
-
-def test_a_score_is_the_head_at_the_end_of_the_text(model):
-    "Rows of other lengths beside it change nothing."
-    with torch.no_grad():
-        model.head.weight.copy_(noise(0, *model.head.weight.shape))
-        scores = model(["1+", "12"], ["2", "345"])
-        for text, score in zip(["1+2", "12345"], scores):
-            ids = torch.tensor([model.tokenizer(text).input_ids + [model.tokenizer.eos_token_id]])
-            state = model.trunk(input_ids=ids).last_hidden_state[0, -1]
-            assert score.item() == pytest.approx(model.head(state).item(), rel=1e-4)
 
 
 # One signature
@@ -135,6 +114,335 @@ def test_an_exception_that_no_row_causes_alone_says_so():
     assert "fussy failed on the batch, on no row alone" in caught.value.__notes__[0]
 
 
+# What the trainer offers
+
+
+def offered(rows):
+    log = RewardLog(rows)
+    given = {
+        "completion_ids": [[5, 1]] * rows,
+        "finished": [True] * rows,
+        "trainer_state": "state",
+        "log_metric": log.log_metric,
+        "log_extra": log.log_extra,
+    }
+    assert tuple(given) == OFFERED
+    return log, given
+
+
+def test_what_the_trainer_offers_goes_to_those_who_take_it():
+    seen = []
+
+    def none_of_it(prompts, completions):
+        return [0.0] * 2
+
+    def by_name(completions, finished, trainer_state="missing"):
+        seen.append((finished, trainer_state))
+        return [1.0] * 2
+
+    def everything(**columns):
+        seen.append(columns)
+        return [2.0] * 2
+
+    _, given = offered(2)
+    data = {"prompts": ["p", "q"], "completions": ["a", "b"]}
+    for i, reward in enumerate((none_of_it, by_name, everything)):
+        assert compute_rewards(reward, **data, **given) == [i, i]
+    assert seen == [([True, True], "state"), data | given]
+
+
+def test_an_argument_that_nobody_offers_is_named():
+    def needs(prompts, completions, completion_ids, log_metric, **columns):
+        return [0.0]
+
+    with pytest.raises(ValueError, match=r"needs needs \['completion_ids', 'log_metric'\]"):
+        compute_rewards(needs, ["p"], ["a"], finished=[True])
+
+
+@pytest.mark.parametrize("name", ["completion_ids", "finished", "reward", "rewards"])
+def test_columns_of_any_name_have_one_entry_a_row(name):
+    given = {name: [[1], [2]]}
+    with pytest.raises(ValueError, match=f"{name} must have 1 entries, one a prompt, got 2"):
+        compute_rewards(lengths, ["p"], ["a"], **given)
+    got = compute_rewards(lambda **columns: [columns[name][0][0]], ["p"], ["a"], **{name: [[7]]})
+    assert got == [7.0]
+
+
+@pytest.mark.parametrize("values", ["ab", 3, None])
+def test_a_column_is_no_text_and_no_number(values):
+    with pytest.raises(ValueError, match=f"answers must have 2 entries, one a prompt, got {values!r}"):
+        compute_rewards(lengths, ["p", "q"], ["a", "b"], answers=values)
+
+
+@pytest.mark.parametrize("reward", [nn.Linear(1, 1), "a/name", None])
+def test_what_is_no_function_is_refused(reward):
+    kind = type(reward).__name__
+    with pytest.raises(ValueError, match=rf"reward must be a function .*classifier_reward\), got {kind}"):
+        compute_rewards(reward, ["p"], ["a"])
+
+
+def test_a_row_is_blamed_without_logging_it_again():
+    def as_int(completions, log_metric, log_extra, trainer_state, answers, **columns):
+        assert trainer_state == "state"
+        log_extra("seen", completions)
+        log_metric("rows", len(completions))
+        return [int(o) - int(a) for o, a in zip(completions, answers)]
+
+    log, given = offered(3)
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        compute_rewards(as_int, ["p", "q", "s"], ["1", "x", "y"], answers=[1, 2, 3], **given)
+    assert caught.value.__notes__ == [
+        "reward function as_int failed on row 1 (prompt 'q', completion 'x')"
+    ]
+    assert log.extras == {"seen": ["1", "x", "y"]} and log.told == {"rows": [3.0]}
+
+
+# Numbers of every kind
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor([1.0, 0.5]),
+        torch.tensor([1.0, 0.5], dtype=torch.float16, requires_grad=True),
+        torch.tensor([1.0, 0.5], dtype=torch.bfloat16),
+        torch.tensor([[1.0], [0.5]]),
+        [torch.tensor(1), torch.tensor([0.5])],
+        np.array([1.0, 0.5], dtype=np.float32),
+        [np.float16(1), np.array(0.5)],
+        [np.bool_(True), Fraction(1, 2)],
+        (True, 0.5),
+        iter([1, 0.5]),
+    ],
+    ids=repr,
+)
+def test_numbers_of_every_kind_come_back_as_floats(values):
+    got = compute_rewards(returning(values), ["p", "q"], ["a", "b"])
+    assert got == [1.0, 0.5] and all(type(x) is float for x in got)
+
+
+def test_none_stays_none_among_numbers_of_every_kind():
+    values = [None, np.float32(0.5), torch.tensor(2)]
+    assert compute_rewards(returning(values), ["p"] * 3, ["a"] * 3) == [None, 0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ([1.0, "2"], r"reward must return a list of numbers, got '2' for row 1 \(prompt 'q', completion 'b'\)"),
+        ([1.0, np.str_("2")], "got .*'2'.* for row 1"),
+        ([[1.0, 2.0], 1.0], r"got \[1.0, 2.0\] for row 0"),
+        (torch.ones(2, 3), r"got tensor\(\[1., 1., 1.\]\) for row 0"),
+        (np.ones((2, 3)), r"got array\(\[1., 1., 1.\]\) for row 0"),
+        ([1.0, 1j], "got 1j for row 1"),
+        ([1.0, 10**400], "got 10+ for row 1"),
+        ([1.0, object], "got <class 'object'> for row 1"),
+        (torch.tensor([1.0, torch.nan], dtype=torch.float16), "must return finite rewards, got nan for row 1"),
+        ([1.0, np.float32("inf")], "must return finite rewards, got inf for row 1"),
+        ("12", "a list of numbers, got '12'"),
+        ({0: 1.0, 1: 2.0}, r"a list of numbers, got \{0: 1.0, 1: 2.0\}"),
+        ({1.0, 2.0}, r"a list of numbers, got \{1.0, 2.0\}"),
+        (torch.tensor(1.0), r"a list of numbers, got tensor\(1.\)"),
+        (np.float32(1.0), "a list of numbers, got"),
+        ([1.0, 2.0, 3.0], "must return 2 rewards, one a row, got 3"),
+        (torch.ones(1, 2), "must return 2 rewards, one a row, got 1"),
+    ],
+)
+def test_what_is_not_one_number_a_row_is_refused_with_the_row(values, message):
+    with pytest.raises(ValueError, match=message):
+        compute_rewards(returning(values), ["p", "q"], ["a", "b"])
+
+
+# Functions that wait
+
+
+async def waits(prompts, completions, **columns):
+    await asyncio.sleep(0)
+    return [float(len(o)) for o in completions]
+
+
+class Waits:
+    async def __call__(self, prompts, completions, **columns):
+        return await waits(prompts, completions)
+
+
+@pytest.mark.parametrize("reward", [waits, Waits(), partial(waits, bonus=1), partial(Waits(), bonus=1), Waits().__call__])
+def test_coroutine_functions_are_awaited(reward):
+    assert is_async(reward)
+    assert compute_rewards(reward, ["p", "q"], ["a", "bcd"]) == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("function", [lengths, partial(lengths), len, Waits])
+def test_other_functions_are_not(function):
+    assert not is_async(function)
+
+
+def test_coroutine_functions_are_awaited_inside_a_running_loop():
+    async def cell():
+        return compute_rewards(waits, ["p"], ["ab"])
+
+    assert asyncio.run(cell()) == [2.0]
+
+
+def test_a_coroutine_function_may_itself_call_rewards_that_wait():
+    async def outer(prompts, completions, **columns):
+        await asyncio.sleep(0)
+        return compute_rewards(weighted_sum([waits, waits]), prompts, completions)
+
+    assert compute_rewards(outer, ["p"], ["ab"]) == [4.0]
+
+
+def test_calls_share_an_event_loop_and_threads_do_not():
+    loops = []
+
+    async def note(prompts, completions, **columns):
+        loops.append(asyncio.get_running_loop())
+        return [0.0]
+
+    for _ in range(2):
+        compute_rewards(note, ["p"], ["a"])
+    other = threading.Thread(target=compute_rewards, args=(note, ["p"], ["a"]))
+    other.start()
+    other.join()
+    assert loops[0] is loops[1] and loops[2] is not loops[0]
+
+
+def test_parts_of_a_sum_wait_at_the_same_time():
+    "Each goes on when all have come, which never happens one after the other."
+    meeting = asyncio.Barrier(3)
+
+    def meets(value):
+        async def reward(prompts, completions, **columns):
+            await asyncio.wait_for(meeting.wait(), 60)
+            return [value]
+
+        return reward
+
+    total = weighted_sum([meets(1.0), lengths, meets(2.0), meets(4.0)], [1, 10, 100, 1000])
+    assert compute_rewards(total, ["p"], ["ab"]) == [1 + 20 + 200 + 4000]
+
+
+def test_plain_functions_run_in_the_thread_that_calls():
+    def here(prompts, completions, **columns):
+        assert threading.current_thread() is caller
+        return [1.0]
+
+    caller = threading.current_thread()
+    assert compute_rewards(weighted_sum([waits, here]), ["p"], ["a"]) == [2.0]
+
+
+def test_what_a_coroutine_function_raises_passes_with_its_name_and_without_a_second_try():
+    tries, ended = [], []
+
+    async def broken(prompts, completions, **columns):
+        tries.append(completions)
+        raise KeyError("x")
+
+    async def other(prompts, completions, **columns):
+        await asyncio.sleep(0.01)
+        ended.append(1)
+        return [0.0] * 2
+
+    with pytest.raises(KeyError) as caught:
+        compute_rewards(weighted_sum([broken, other]), ["p", "q"], ["a", "b"])
+    assert caught.value.__notes__ == ["reward function broken failed on the batch"]
+    assert tries == [["a", "b"]] and ended == [1]
+
+
+def test_what_a_coroutine_function_returns_is_checked():
+    async def short(prompts, completions, **columns):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="short must return 2 rewards, one a row, got 1"):
+        compute_rewards(short, ["p", "q"], ["a", "b"])
+
+
+# What is logged
+
+
+def test_metrics_are_means_over_calls_and_extras_are_columns():
+    first, second = RewardLog(2), RewardLog(1)
+    for log, value in (first, 1), (first, torch.tensor(2.0)), (second, np.float32(6)):
+        log.log_metric("a", value)
+    second.log_metric("b", True)
+    second.log_metric("b", math.nan)
+    second.log_metric("c", math.nan)
+    assert mean_metrics([first, second]) == {"a": 3.0, "b": 1.0}
+    assert mean_metrics([first]) == {"a": 1.5} and mean_metrics([]) == {}
+    first.log_extra("seen", ("x", None))
+    first.log_extra("seen", np.array([1, 2]))
+    first.log_extra("seen", ["y", "z"])
+    assert first.extras == {"seen": ["x", None], "seen_2": [1, 2], "seen_3": ["y", "z"]}
+    assert second.extras == {}
+
+
+def test_a_log_refuses_what_it_cannot_keep():
+    log = RewardLog(2)
+    with pytest.raises(ValueError, match="column seen must have 2 entries, one a completion, got 1"):
+        log.log_extra("seen", ["x"])
+    for value in "1", None, [1.0, 2.0], torch.ones(2):
+        with pytest.raises(ValueError, match="a must be a number, got"):
+            log.log_metric("a", value)
+    assert log.extras == {} and mean_metrics([log]) == {}
+    for rows in 1.5, True:
+        with pytest.raises(ValueError, match="rows must be a whole number"):
+            RewardLog(rows)
+    with pytest.raises(ValueError, match="rows must be at least 0, got -1"):
+        RewardLog(-1)
+
+
+def test_a_function_that_logs_too_few_values_is_named():
+    def short(prompts, completions, log_extra, **columns):
+        log_extra("seen", ["x"])
+        return [0.0] * 2
+
+    _, given = offered(2)
+    with pytest.raises(ValueError, match="column seen must have 2 entries") as caught:
+        compute_rewards(short, ["p", "q"], ["a", "b"], **given)
+    assert "reward function short failed on the batch" in caught.value.__notes__[0]
+
+
+def test_a_sum_tells_the_mean_of_each_part_where_it_speaks_and_its_weight():
+    half, silent = returning([None, 4.0]), returning([None, None])
+    parts = weighted_sum([lengths, half, silent, returning([1, 1])], [2.0, 0.5, 3.0, -1.0])
+    log, given = offered(2)
+    assert compute_rewards(parts, ["p", "q"], ["a", "bcd"], **given) == [1.0, 7.0]
+    assert mean_metrics([log]) == {
+        "rewards/lengths/mean": 2.0,
+        "rewards/lengths/weight": 2.0,
+        "rewards/reward/mean": 4.0,
+        "rewards/reward/weight": 0.5,
+        "rewards/reward_2/weight": 3.0,
+        "rewards/reward_3/mean": 1.0,
+        "rewards/reward_3/weight": -1.0,
+    }
+
+
+def test_the_part_of_a_sum_that_fails_is_blamed_once():
+    def as_int(prompts, completions, **columns):
+        tries.append(completions)
+        return [int(o) for o in completions]
+
+    tries = []
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        compute_rewards(weighted_sum([lengths, as_int]), ["p", "q"], ["1", "x"])
+    assert caught.value.__notes__ == [
+        "reward function as_int failed on row 1 (prompt 'q', completion 'x')"
+    ]
+    assert tries == [["1", "x"], ["1"], ["x"]]
+
+
+def test_parts_of_a_sum_get_what_the_trainer_offers():
+    def cut(prompts, completions, finished, log_metric):
+        log_metric("cut", finished.count(False))
+        return [-float(not x) for x in finished]
+
+    log, given = offered(2)
+    total = weighted_sum([lengths, cut], [1.0, 0.5])
+    got = compute_rewards(total, ["p", "q"], ["a", "bcd"], **given | {"finished": [True, False]})
+    assert got == [1.0, 2.5] and log.told["cut"] == [1.0]
+
+
 # Sums and rules
 
 
@@ -178,208 +486,25 @@ def test_a_verifier_pays_one_where_the_rule_is_met():
     assert compute_rewards(verifier(lambda q, o: q == o), ["1", "2"], ["1", "3"]) == [1.0, 0.0]
 
 
-# Preferences
-
-
-def test_the_loss_of_a_known_difference():
-    got = bradley_terry_loss(torch.tensor([3.0]).log(), torch.zeros(1))
-    assert got.item() == pytest.approx(math.log(4 / 3), abs=1e-6)
-
-
-def test_the_loss_is_finite_at_large_differences():
-    assert bradley_terry_loss(torch.tensor([-1e4]), torch.zeros(1)).item() == 1e4
-
-
-def test_the_loss_ignores_a_constant_per_pair():
-    better, worse, shift = noise(0, 3, 9).double()
-    shifted = bradley_terry_loss(better + shift, worse + shift)
-    torch.testing.assert_close(shifted, bradley_terry_loss(better, worse))
-
-
-def test_accuracy_counts_ties_half():
-    assert pair_accuracy(torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])) == 0.5
-    assert pair_accuracy(torch.ones(2, 1), torch.zeros(3)) == 1.0
-
-
-def test_a_fresh_model_is_indifferent(model):
-    assert compute_rewards(model.reward, ["1+1=", "2+2="], ["2", ""]) == [0.0, 0.0]
-
-
-def test_scores_do_not_depend_on_padding_or_order(model):
-    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    prompts, completions = ["1+1=", "1+2+3+4=", "9+9="], ["2", "3,6,10", ""]
-    together = torch.tensor(model.reward(prompts, completions))
-    alone = torch.tensor([model.reward([q], [o])[0] for q, o in zip(prompts, completions)])
-    assert together.unique().numel() == 3
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
-    backwards = torch.tensor(model.reward(prompts[::-1], completions[::-1]))
-    torch.testing.assert_close(backwards.flip(0), together, rtol=0, atol=1e-5)
-
-
-def test_more_rows_than_a_part_keep_their_order(model):
-    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    completions = [str(i) for i in range(300)]
-    got = model.reward(["1+1="] * 300, completions)
-    assert got[299] == pytest.approx(model.reward(["1+1="], ["299"])[0], abs=1e-5)
-
-
-def test_preferences_for_a_digit_are_learnt_and_generalise(model):
-    prompts = [f"{a}+{b}=" for a in range(1, 9) for b in range(1, 9)]
-    generator = torch.Generator().manual_seed(0)
-    losses = fit_reward_model(
-        model, prompts, ["7"] * 64, ["3"] * 64, 30, 16, lr=1e-2, generator=generator
-    )
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.1
-    seven, three = model.reward(["9+9="] * 2, ["7", "3"])
-    assert seven > three
-
-
-def test_a_fit_leaves_the_language_model_alone_unless_its_trunk_is_shared():
-    tokenizer = char_tokenizer()
-    for shared in (False, True):
-        lm = tiny_lm(tokenizer, width=16, layers=1, heads=2)
-        before = [p.clone() for p in lm.base_model.parameters()]
-        model = RewardModel(lm, tokenizer, share_trunk=shared)
-        fit_reward_model(model, ["1+1="] * 4, ["2"] * 4, ["3"] * 4, 2)
-        same = [torch.equal(p, q) for p, q in zip(lm.base_model.parameters(), before)]
-        assert not all(same) if shared else all(same)
-
-
-def test_a_seed_repeats_a_fit():
-    def fit():
-        tokenizer = char_tokenizer()
-        model = RewardModel(tiny_lm(tokenizer, width=16, layers=1, heads=2), tokenizer)
-        data = ["1+1=", "1+2="], ["2", "3"], ["3", "2"]
-        return fit_reward_model(model, *data, 3, generator=torch.Generator().manual_seed(1))
-
-    assert fit() == fit()
-
-
-@pytest.mark.parametrize("data", [([], [], []), (["1="], ["1"], []), (["1="], ["1", "2"], ["3"])])
-def test_pairs_must_pair_up(model, data):
-    with pytest.raises(ValueError, match="prompts, chosen and rejected must be lists that pair up, got"):
-        fit_reward_model(model, *data, steps=1)
-
-
-# Best of n
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_best_of_n_is_the_mean_over_all_subsets(n):
-    proxy, truth = noise(0, 2, 3, 5).double()
-    wanted = []
-    for x, y in zip(proxy, truth):
-        for subset in itertools.combinations(range(5), n):
-            j = max(subset, key=lambda i: x[i])
-            wanted.append([x[j], y[j]])
-    wanted = torch.tensor(wanted).mean(0).tolist()
-    assert best_of_n(proxy, truth, n) == pytest.approx(wanted, abs=1e-12)
-
-
-@pytest.mark.parametrize("n", [0, 6])
-def test_n_must_be_within_the_responses(n):
-    with pytest.raises(ValueError, match=rf"n must be in \[1, 5\], got {n}"):
-        best_of_n(noise(0, 1, 5), noise(1, 1, 5), n)
-
-
-def test_the_best_is_one_of_finite_numbers():
-    good, bad = noise(0, 2, 5), noise(0, 2, 5).index_fill(1, torch.tensor(3), math.nan)
-    with pytest.raises(ValueError, match="proxy must be finite, got nan"):
-        best_of_n(bad, good, 2)
-    with pytest.raises(ValueError, match="truth must be finite, got nan"):
-        best_of_n(good, bad, 2)
-    with pytest.raises(ValueError, match="n must be a whole number, got 1.5"):
-        best_of_n(good, good, 1.5)
-    with pytest.raises(ValueError, match="rows of proxy must be at least 1, got 0"):
-        best_of_n(good[:0], good[:0], 2)
-
-
-def test_proxy_and_truth_must_have_one_shape():
-    with pytest.raises(ValueError, match=r"truth must have proxy's shape \(1, 5\), got \(1, 4\)"):
-        best_of_n(noise(0, 1, 5), noise(1, 1, 4), 2)
-
-
-# Steps
-
-
-def test_prefixes_end_where_steps_end():
-    assert prefixes("11,16,18") == ["11", "11,16", "11,16,18"]
-    assert prefixes("") == [""]
-    with pytest.raises(ValueError, match="separator must be a text that is not empty, got ''"):
-        prefixes("1,2", "")
-
-
-def test_step_scores_are_those_of_prefixes_with_their_columns():
-    def at_least(prompts, completions, bound, **columns):
-        return [float(len(o) >= b) for o, b in zip(completions, bound)]
-
-    got = step_scores(at_least, ["p", "q"], ["1,2", "3"], bound=[3, 1])
-    assert got == [[0.0, 1.0], [1.0]]
-
-
-def test_potential_rewards_of_a_response_by_hand():
-    got = potential_rewards(torch.tensor([0.5, 1.0, 0.25]), outcome=2.0)
-    assert got.tolist() == [0.5, -0.75, 1.75]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_potentials_never_change_the_best_continuation(seed):
-    texts = ["".join(x) for k in range(4) for x in itertools.product("abc", repeat=k)]
-    outcome, phi = (dict(zip(texts, row.tolist())) for row in noise(seed, 2, len(texts)).double())
-
-    def togo(o, t):
-        path = torch.tensor([phi[o[:i]] for i in range(len(o) + 1)], dtype=torch.float64)
-        return potential_rewards(path, outcome[o])[t:].sum().item()
-
-    for prefix in texts:
-        possible = [o for o in texts if o.startswith(prefix)]
-        best = max(possible, key=lambda o: togo(o, len(prefix)))
-        assert best == max(possible, key=outcome.get)
-        assert togo(best, len(prefix)) == pytest.approx(outcome[best] - phi[prefix])
-
-
-@pytest.mark.parametrize("potentials", [torch.zeros(0), torch.zeros(2, 2), torch.tensor(1.0)])
-def test_potentials_must_be_a_row(potentials):
-    with pytest.raises(ValueError, match=r"potentials must (have shape \(T,\)|be one an action)"):
-        potential_rewards(potentials, 1.0)
-
-
-@pytest.mark.parametrize("x", [math.nan, math.inf])
-def test_potentials_and_outcome_are_numbers(x):
-    with pytest.raises(ValueError, match=f"potentials must be finite, got {x}"):
-        potential_rewards(torch.tensor([0.0, x]), 1.0)
-    with pytest.raises(ValueError, match=f"outcome must be finite, got {x}"):
-        potential_rewards(torch.zeros(2), x)
-
-
-# A judge
-
-
-@pytest.mark.parametrize(
-    "answer, want",
-    [("7", 0.7), ("2 of 3 are right: 6.5", 0.65), ("none", None), ("11", None), ("-3", None)],
-)
-def test_the_last_number_is_the_mark(answer, want):
-    assert compute_rewards(judge(lambda question: answer), ["p"], ["o"]) == [want]
-
-
-def test_the_question_is_filled_once():
+def test_a_verifier_reads_the_text_of_a_message():
     asked = []
 
-    def ask(question):
-        asked.append(question)
-        return "1"
+    def verify(prompt, text):
+        asked.append((prompt, text))
+        return text == "3"
 
-    judge(ask, "{prompt}|{completion}|{other}")(["say {completion}"], ["{prompt}"])
-    assert asked == ["say {completion}|{prompt}|{other}"]
-
-
-def test_a_question_needs_both_fields():
-    with pytest.raises(ValueError, match="question must be a text with {prompt} and {completion}"):
-        judge(str, "{prompt}?")
+    prompt = [{"role": "user", "content": "1+2="}]
+    answers = [[{"role": "assistant", "content": x}] for x in ("3", "4")]
+    assert compute_rewards(verifier(verify), [prompt] * 2, answers) == [1.0, 0.0]
+    assert asked == [(prompt, "3"), (prompt, "4")]
 
 
-@pytest.mark.parametrize("top", [0.0, -1.0, math.nan, math.inf])
-def test_the_best_mark_is_positive(top):
-    with pytest.raises(ValueError, match=rf"top must be in \(0, inf\), got {top}"):
-        judge(str, top=top)
+def test_the_text_of_a_completion_is_what_the_last_message_says():
+    tool = [{"role": "assistant", "content": "1"}, {"role": "tool", "content": "2"}]
+    assert completion_text(tool) == "2" and completion_text("") == ""
+
+
+@pytest.mark.parametrize("odd", [[], [3, 4], None, [{"role": "assistant"}], [{"content": ["x"]}]])
+def test_a_completion_that_says_nothing_is_refused(odd):
+    with pytest.raises(ValueError, match="completion must be a text, got"):
+        completion_text(odd)

@@ -16,7 +16,7 @@ from po_book.language_model import (
     token_logprobs,
 )
 from po_book.ppo import ppo_loss
-from po_book.rewards import RewardModel
+from po_book.reward_models import RewardModel
 from po_book.rlhf import kl_rewards, networks_held, rlhf_batch, token_gae
 from po_book.sampling import sample
 
