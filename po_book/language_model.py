@@ -149,12 +149,12 @@ def encode(
         if kind == "messages":
             texts = _conversations(tokenizer, prompts)
             return tokenizer(texts, add_special_tokens=False).input_ids
-        rows = tokenizer(list(prompts)).input_ids
-        begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        rows, bos = tokenizer(list(prompts)).input_ids, tokenizer.bos_token
+        if bos is None or tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
+            return rows  # no bos was put in front
     except Exception as error:  # the tokenizers library raises nothing more exact
         raise ValueError(f"prompts cannot be tokenized: {error}") from error
-    bos = tokenizer.bos_token if begins else None
-    return [x[1:] if bos and q.startswith(bos) else x for q, x in zip(prompts, rows)]
+    return [x[1:] if q.startswith(bos) else x for q, x in zip(prompts, rows)]
 
 # %% ../nbs/40_language_model.ipynb #bb537b91
 def _kind(prompt: object) -> str | None:

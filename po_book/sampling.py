@@ -6,17 +6,19 @@
 __all__ = ['branch_out', 'Samples', 'sample', 'join']
 
 # %% ../nbs/41_sampling.ipynb #89bf32fa
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .checks import check_at_least, require
+from .checks import check_at_least, check_whole, describe, require
 from po_book.language_model import (
+    Prompt,
     Sequences,
     check_sampling,
     encode,
@@ -42,129 +44,69 @@ def branch_out(
     return keys // vocabulary, keys % vocabulary, branch
 
 # %% ../nbs/41_sampling.ipynb #44f2d800
+@torch.inference_mode()
 def _grow(
     model: "PreTrainedModel",
-    prompt: Sequences,  # one row a prompt, no completions
+    tokenizer: "PreTrainedTokenizerBase",
     group_size: int,
     max_new_tokens: int,
-    stops: Int[Tensor, "E"],  # tokens that end a completion
+    stop: Sequence[str],  # texts that end a completion
     generator: torch.Generator | None,
-    settings: tuple,  # temperature, top_k, top_p
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    "At each step: which completions still run, their tokens, the log-probabilities."
+    settings: tuple,      # temperature, top_k, top_p, min_p
+    prompt: Sequences,    # one row a prompt, no completions
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    "At each step: which completions run, their tokens, log-probabilities, and ends."
     from transformers import DynamicCache
 
     cache, real = DynamicCache(config=model.config), prompt.attention_mask
     hidden = hidden_states(model, prompt.ids, real, cache)[:, -1]
     branch = torch.arange(len(real), device=real.device).repeat_interleave(group_size)
     running = torch.arange(len(branch), device=real.device)
+    stop_ids, tails = _stop_ids(model, tokenizer), branch.new_empty(len(branch), 0)
     for left in reversed(range(max_new_tokens)):
-        logp = log_distribution(next_logits(model, hidden), *settings)
+        logits = next_logits(model, hidden)[:, : len(tokenizer)]
+        logp = log_distribution(logits, *settings)
         tokens = draw_categorical(logp[branch], generator)
-        yield running, tokens, logp[branch, tokens]
-        going = torch.isin(tokens, stops, invert=True)
-        if not left or not going.any():
+        tails = _longer(tails, tokens, stop)
+        ended = _ended(tails, tokenizer, stop_ids, stop)
+        yield running, tokens, logp[branch, tokens], ended
+        going = (~ended).nonzero().squeeze(-1)  # here a GPU is waited for
+        if not left or not len(going):
             return
-        running = running[going]
-        size = logp.shape[-1]
-        parents, firsts, branch = branch_out(branch[going], tokens[going], size)
-        if not torch.equal(parents, torch.arange(len(real), device=real.device)):
-            cache.batch_select_indices(parents)
-        real = nn.functional.pad(real[parents], (0, 1), value=True)
+        if len(going) == len(branch) == len(real):  # all go on, each in its own row
+            firsts = tokens[branch.argsort()]
+        else:
+            running, tails, size = running[going], tails[going], logp.shape[-1]
+            parents, firsts, branch = branch_out(branch[going], tokens[going], size)
+            if not torch.equal(parents, torch.arange(len(real), device=real.device)):
+                cache.batch_select_indices(parents)
+            real = real[parents]
+        real = nn.functional.pad(real, (0, 1), value=True)
         hidden = hidden_states(model, firsts[:, None], real, cache)[:, -1]
 
 # %% ../nbs/41_sampling.ipynb #7387bffc
-@dataclass(frozen=True)
-class Samples(Sequences):
-    "Sampled completions; those of one prompt stand together."
+def _longer(tails: Tensor, tokens: Tensor, stop: Sequence[str]) -> Tensor:
+    "Of every completion as many of its last tokens as a stop text may need."
+    # A token has a byte or more. The first of a tail may lose its space: one is spare.
+    room = 1 + max((len(text.encode()) for text in stop), default=0)
+    return torch.cat([tails, tokens[:, None]], 1)[:, -room:]
 
-    logps: Float[Tensor, "N L"]  # log-probability as sampled, zero elsewhere
-    finished: Bool[Tensor, "N"]  # ended with a stop token; false where it was cut off
 
-    def rows(self, index: Int[Tensor, "M"]) -> "Samples":
-        "Some of the completions."
-        return Samples(**{name: x[index] for name, x in vars(self).items()})
-
-# %% ../nbs/41_sampling.ipynb #34be27ee
-def _collected(
-    prompt: Sequences, group_size: int, pad: int, stops: Tensor, steps: list[tuple]
-) -> Samples:
-    "The rows of all completions from what happened at each step."
-    before, real = (
-        x.repeat_interleave(group_size, 0) for x in (prompt.ids, prompt.attention_mask)
-    )
-    ids = before.new_full((len(before), len(steps)), pad)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    logps = torch.zeros_like(ids, dtype=torch.float32)
-    for t, (running, tokens, logp) in enumerate(steps):
-        ids[running, t], mask[running, t] = tokens, True
-        logps[running, t] = logp.float()
-    none = torch.zeros_like(real)
-    return Samples(
-        ids=torch.cat([before, ids], 1),
-        attention_mask=torch.cat([real, mask], 1),
-        mask=torch.cat([none, mask], 1),
-        logps=torch.cat([none.float(), logps], 1),
-        finished=(mask & torch.isin(ids, stops)).any(1),
-    )
-
-# %% ../nbs/41_sampling.ipynb #be1ffcdc
-@torch.no_grad()
-def sample(
-    model: "PreTrainedModel",
+def _ended(
+    tails: Int[Tensor, "R K"],    # the last tokens of each completion
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: list[str] | list[list[int]],  # texts, or tokens
-    group_size: int = 1,        # completions $G$ of each prompt
-    max_new_tokens: int = 64,   # longest completion, its end token included
-    temperature: float = 1.0,   # this and the next two as in `log_distribution`
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,  # on the model's device
-) -> Samples:
-    """`group_size` completions of every prompt, on the model's device, without dropout.
-
-    Raises: `ValueError` if a prompt is empty or leaves no room in the model's context,
-    if the tokenizer has no end token, if a setting is out of range, if `generator` is
-    on another device, or if the model's logits are not finite.
-    """
-    _check_request(model, group_size, max_new_tokens, generator)
-    check_sampling(temperature, top_k, top_p)
-    prompt_ids, pad = encode(tokenizer, prompts), pad_token_id(tokenizer)
-    check_fit(model, prompt_ids, max_new_tokens)
-    prompt = pack(prompt_ids, [[]] * len(prompts), pad, model.device)
-    stops, settings = _stop_ids(model, tokenizer), (temperature, top_k, top_p)
-    steps = _grow(model, prompt, group_size, max_new_tokens, stops, generator, settings)
-    with _evaluating(model), torch.inference_mode():
-        steps = list(steps)
-    samples = _collected(prompt, group_size, pad, stops, steps)
-    if not samples.logps.isfinite().all():
-        raise ValueError("model gives logits that are not finite: its weights have NaN")
-    return samples
-
-# %% ../nbs/41_sampling.ipynb #aeab8918
-def _check_request(
-    model: "PreTrainedModel", group_size: int, max_new_tokens: int, generator
-) -> None:
-    "Refuse to sample nothing, or with a generator of another device."
-    check_at_least(1, group_size=group_size, max_new_tokens=max_new_tokens)
-    if generator is not None and generator.device.type != model.device.type:
-        where = f"{generator.device}, the model on {model.device}"
-        raise ValueError(f"generator is on {where}")
+    stop_ids: Int[Tensor, "E"],
+    stop: Sequence[str],
+) -> Bool[Tensor, "R"]:
+    "Which completions their last token ends."
+    ended = torch.isin(tails[:, -1], stop_ids)
+    if not stop:
+        return ended
+    texts = tokenizer.batch_decode(tails.tolist())
+    found = [any(end in text for end in stop) for text in texts]
+    return ended | torch.tensor(found, device=ended.device)
 
 
-@contextmanager
-def _evaluating(model: "PreTrainedModel") -> Iterator[None]:
-    "Without dropout; the model is left in the mode it was in."
-    training = model.training
-    if training:  # else a walk through all modules is saved
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
-
-# %% ../nbs/41_sampling.ipynb #51ccf035
 def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tensor:
     "Tokens that end a completion: the tokenizer's, and those the model came with."
     config = getattr(model, "generation_config", None)
@@ -172,6 +114,121 @@ def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
     more = more if isinstance(more, list) else [more]
     stops = {tokenizer.eos_token_id, *more} - {None}
     return torch.tensor(sorted(stops), device=model.device)
+
+# %% ../nbs/41_sampling.ipynb #34be27ee
+@dataclass(frozen=True)
+class Samples(Sequences):
+    "Sampled completions; those of one prompt stand together."
+
+    logps: Float[Tensor, "N L"]  # log-probability as sampled, zero elsewhere
+    finished: Bool[Tensor, "N"]  # ended by itself; false where it was cut off
+
+    def rows(self, index: Int[Tensor, "M"]) -> "Samples":
+        "Some of the completions."
+        return Samples(**{name: x[index] for name, x in vars(self).items()})
+
+# %% ../nbs/41_sampling.ipynb #be1ffcdc
+def _collected(
+    prompt: Sequences, group_size: int, pad: int, steps: Iterable[tuple]
+) -> Samples:
+    "The rows of all completions from what happened at each step."
+    steps = list(steps)
+    before, real = (
+        x.repeat_interleave(group_size, 0) for x in (prompt.ids, prompt.attention_mask)
+    )
+    ids = before.new_full((len(before), len(steps)), pad)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    logps = torch.zeros_like(ids, dtype=steps[0][2].dtype)
+    finished = real.new_zeros(len(real))
+    for t, (running, tokens, logp, ended) in enumerate(steps):
+        ids[running, t], mask[running, t] = tokens, True
+        logps[running, t], finished[running] = logp, ended
+    none = torch.zeros_like(real)
+    return Samples(
+        ids=torch.cat([before, ids], 1),
+        attention_mask=torch.cat([real, mask], 1),
+        mask=torch.cat([none, mask], 1),
+        logps=torch.cat([none.to(logps.dtype), logps], 1),
+        finished=finished,
+    )
+
+# %% ../nbs/41_sampling.ipynb #aeab8918
+@torch.no_grad()
+def sample(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[Prompt],      # texts, messages, or tokens
+    group_size: int = 1,        # completions $G$ of each prompt
+    max_new_tokens: int = 64,   # longest completion, its end token included
+    temperature: float = 1.0,   # this and the next three as in `log_distribution`
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,  # on the model's device
+    *,
+    stop: Sequence[str] = (),   # texts that end a completion, and stay part of it
+    at_once: int = 0,           # prompts sampled at a time; 0: all
+) -> Samples:
+    """`group_size` completions of every prompt, on the model's device, without dropout.
+
+    Tokens that the tokenizer does not have are never drawn.
+
+    Raises: `ValueError` if a prompt is empty or leaves no room in the model's context,
+    if the tokenizer has no end token, if a setting is out of range, if `generator` is
+    on another device, or if the model's logits are not finite.
+    """
+    check_sampling(temperature, top_k, top_p, min_p)
+    _check_request(model, group_size, max_new_tokens, at_once, stop, generator)
+    rows, pad = encode(tokenizer, prompts), pad_token_id(tokenizer)
+    require(len(rows) > 0, "prompts", "one or more", "none")
+    check_fit(model, rows, max_new_tokens)
+    size, settings = at_once or len(rows), (temperature, top_k, top_p, min_p)
+    asked = group_size, max_new_tokens, stop, generator, settings
+    grow, parts = partial(_grow, model, tokenizer, *asked), []
+    with _evaluating(model):
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            prompt = pack(part, [[]] * len(part), pad, model.device)
+            parts.append(_collected(prompt, group_size, pad, grow(prompt)))
+    samples = join(parts, pad) if len(parts) > 1 else parts[0]
+    if not samples.logps.isfinite().all():
+        raise ValueError("model gives logits that are not finite: its weights have NaN")
+    return samples
+
+# %% ../nbs/41_sampling.ipynb #51ccf035
+def _check_request(
+    model: "PreTrainedModel",
+    group_size: int,
+    max_new_tokens: int,
+    at_once: int,
+    stop: Sequence[str],
+    generator: torch.Generator | None,
+) -> None:
+    "Refuse to sample nothing, to stop nowhere, or with a generator of another device."
+    check_whole(group_size=group_size, max_new_tokens=max_new_tokens, at_once=at_once)
+    check_at_least(1, group_size=group_size, max_new_tokens=max_new_tokens)
+    check_at_least(0, at_once=at_once)
+    texts = isinstance(stop, list | tuple)
+    texts = texts and all(isinstance(text, str) and text for text in stop)
+    require(texts, "stop", "a list of texts that are not empty", repr(stop))
+    if generator is not None:
+        right = isinstance(generator, torch.Generator)
+        require(right, "generator", "a torch.Generator", describe(generator))
+        where = f"{generator.device}, the model on {model.device}"
+        if generator.device.type != model.device.type:
+            raise ValueError(f"generator is on {where}")
+
+
+@contextmanager
+def _evaluating(model: "PreTrainedModel") -> Iterator[None]:
+    "Without dropout; every part of the model is left in the mode it was in."
+    training = [part for part in model.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 # %% ../nbs/41_sampling.ipynb #403f5eba
 #| code-fold: true

@@ -1,9 +1,15 @@
+import copy
+
 import pytest
 import torch
-from tiny_models import PROMPTS, SMALL, generator, scored
+from tiny_models import MODELS, PROMPTS, SMALL, generator, scored
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from po_book.language_model import (
     char_tokenizer,
+    encode,
     enumerate_completions,
     pack,
     tiny_lm,
@@ -133,16 +139,28 @@ def test_a_cut_off_completion_is_not_finished(tokenizer):
     "change, message",
     [
         ({"prompts": ["3+8=", ""]}, r"prompts\[1\] is empty"),
-        ({"prompts": []}, "pair up, got 0 prompts"),
+        ({"prompts": []}, "prompts must be one or more, got none"),
+        ({"prompts": [[{"role": "user", "content": "1"}]]}, "chat_template must be set"),
         ({"prompts": ["1" * 30]}, r"prompts\[0\] has 30 tokens, and 4 may follow.* 32"),
         ({"prompts": ["x="]}, "prompts cannot be tokenized"),
         ({"prompts": ["3+8=", [5, 6]]}, "all tokens or all messages, got texts and tokens"),
         ({"prompts": [[5, 99]]}, r"prompts\[0\] has tokens outside the vocabulary of 18"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, got 2.0"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, got True"),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"group_size": 1.5}, "group_size must be a whole number, got 1.5"),
+        ({"at_once": -1}, "at_once must be at least 0, got -1"),
+        ({"at_once": False}, "at_once must be a whole number, got False"),
+        ({"stop": "1,"}, "stop must be a list of texts that are not empty, got '1,'"),
+        ({"stop": ["1", ""]}, r"stop must be a list of texts .* got \['1', ''\]"),
+        ({"stop": [5]}, r"stop must be a list of texts .* got \[5\]"),
+        ({"stop": None}, "stop must be a list of texts .* got None"),
+        ({"generator": 0}, "generator must be a torch.Generator, got int"),
         ({"temperature": 0}, r"temperature must be positive .*top_k=1.*, got 0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"min_p": 2.0}, r"min_p must be in \[0, 1\], got 2.0"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(llama, tokenizer, change, message):
@@ -157,6 +175,284 @@ def test_weights_with_nan_are_noticed(tokenizer):
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(ValueError, match="logits that are not finite"):
         sample(model, tokenizer, PROMPTS, 1, 4)
+
+
+def only(model, tokens: list[int]):
+    "The model with no other tokens to write."
+    bias = torch.full((model.lm_head.weight.shape[0],), -torch.inf)
+    bias[tokens] = 0.0
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return model
+
+
+def completions(drawn) -> list[list[int]]:
+    return [row[keep].tolist() for row, keep in zip(drawn.ids, drawn.mask)]
+
+
+def check_stops(model, tokenizer, prompts, stop: list[str]) -> None:
+    "Completions end with the first token after which a stop text stands in them."
+    drawn = sample(model, tokenizer, prompts, 200, 12, generator=generator(), stop=stop)
+    rows, end = completions(drawn), tokenizer.eos_token_id
+    for row, finished in zip(rows, drawn.finished.tolist()):
+        texts = [tokenizer.decode(row[: t + 1]) for t in range(len(row))]
+        stopped = [any(x in text for x in stop) for text in texts]
+        assert not any(stopped[:-1]) and end not in row[:-1]
+        assert finished == (stopped[-1] or row[-1] == end)
+        assert finished or len(row) == 12
+    kinds = {(row[-1] == end, done) for row, done in zip(rows, drawn.finished.tolist())}
+    assert kinds == {(True, True), (False, True), (False, False)}
+
+
+@pytest.mark.parametrize("stop", [["1,2"], ["12", "2,"], [",", ",", "11"]])
+def test_a_stop_text_over_several_tokens_ends_a_completion(tokenizer, stop):
+    model = only(tiny_lm(tokenizer, **SMALL), [1, *tokenizer("12,").input_ids])
+    with torch.no_grad():
+        model.lm_head.bias[1] = -3.0
+    check_stops(model, tokenizer, ["9=", "1="], stop)
+
+
+def test_a_token_may_hold_more_than_the_end_of_a_stop_text():
+    words = ["<pad>", "<eos>", "EN", "D! ", "E", "ND", "x"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    backend.decoder = decoders.Fuse()
+    special = dict(pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    model = tiny_lm(tokenizer, **SMALL)
+    with torch.no_grad():
+        only(model, [1, 2, 3, 4, 5, 6]).lm_head.bias[1] = -3.0
+    check_stops(model, tokenizer, [[6]], ["END"])
+    drawn = sample(model, tokenizer, [[6]], 200, 12, generator=generator(), stop=["END"])
+    ends = {tuple(row[-2:]) for row in completions(drawn) if row[-1] in (3, 5)}
+    assert {(2, 3), (4, 5)} <= ends
+
+
+def test_a_stop_text_may_be_parts_of_letters():
+    "Of a byte-level tokenizer a letter beyond ASCII is several tokens."
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {x: i for i, x in enumerate(["<pad>", "<eos>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = dict(pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    (letter,) = encode(tokenizer, ["é"])
+    assert len(letter) == 2
+    model = tiny_lm(tokenizer, **SMALL)
+    with torch.no_grad():
+        only(model, [1, *letter, *tokenizer("a ").input_ids]).lm_head.bias[1] = -3.0
+    check_stops(model, tokenizer, ["a"], ["é a"])
+
+
+def test_a_stop_text_may_begin_with_a_space():
+    "Some tokenizers drop the space that a row begins with; here every byte is a token."
+    vocab = {x: i for i, x in enumerate(["<pad>", "<eos>", "▁", "a", "x"])}
+    backend = Tokenizer(models.WordLevel(vocab))
+    backend.decoder = decoders.Metaspace()
+    special = dict(pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    assert tokenizer.decode([2, 3]) == "a" and tokenizer.decode([4, 2, 3]) == "x a"
+    model = tiny_lm(tokenizer, **SMALL)
+    with torch.no_grad():
+        only(model, [1, 2, 3, 4]).lm_head.bias[1] = -3.0
+    check_stops(model, tokenizer, [[4]], [" a"])
+
+
+def test_a_special_token_may_be_a_stop_text(tokenizer):
+    model = only(tiny_lm(tokenizer, **SMALL), [0, 5, 6])
+    drawn = sample(model, tokenizer, PROMPTS, 20, 24, generator=generator(), stop=["<pad>"])
+    assert drawn.finished.all()
+    assert all(row.count(0) == 1 and row[-1] == 0 for row in completions(drawn))
+
+
+def test_without_its_stop_text_a_completion_goes_on_as_it_was(tokenizer):
+    model, (comma,) = tiny_lm(tokenizer, **SMALL), tokenizer(",").input_ids
+    cut = 0
+    for seed in range(20):
+        free, stopped = (
+            completions(sample(model, tokenizer, ["9="], 1, 24, generator=generator(seed), **x))
+            for x in ({}, {"stop": [","]})
+        )
+        end = free[0].index(comma) + 1 if comma in free[0] else len(free[0])
+        assert stopped[0] == free[0][:end]
+        cut += comma in free[0]
+    assert 5 < cut < 20
+
+
+def test_a_stop_that_is_named_twice_is_one_stop(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL)
+    once = sample(model, tokenizer, PROMPTS, 8, 16, generator=generator(), stop=["1,"])
+    model.generation_config.eos_token_id = [1, 1]
+    twice = sample(model, tokenizer, PROMPTS, 8, 16, generator=generator(), stop=["1,", "1,"])
+    assert torch.equal(once.ids, twice.ids) and torch.equal(once.finished, twice.finished)
+
+
+def test_stop_tokens_that_the_model_came_with_end_a_completion(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL)
+    model.generation_config.eos_token_id = [7, 9]
+    drawn = sample(model, tokenizer, PROMPTS, 50, 12, generator=generator())
+    rows = completions(drawn)
+    assert all(not {1, 7, 9} & set(row[:-1]) for row in rows)
+    assert {row[-1] for row, done in zip(rows, drawn.finished) if done} == {1, 7, 9}
+    assert all(done == (row[-1] in (1, 7, 9)) for row, done in zip(rows, drawn.finished.tolist()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3, "min_p": 0.2}], ids=str)
+def test_some_prompts_at_a_time_are_calls_one_after_the_other(llama, tokenizer, settings):
+    prompts, order = [*PROMPTS, "2=", "1+2="], generator()
+    parts = [
+        sample(llama, tokenizer, part, 3, 9, generator=order, stop=["1"], **settings)
+        for part in (prompts[:2], prompts[2:4], prompts[4:])
+    ]
+    apart, (before, after) = join(parts, 0), (generator(), generator(5))
+    drawn = sample(
+        llama, tokenizer, prompts, 3, 9, generator=before, stop=["1"], at_once=2, **settings
+    )
+    for name, x in vars(apart).items():
+        assert torch.equal(x, getattr(drawn, name)), name
+    assert torch.equal(before.get_state(), order.get_state())
+    whole, all_at_once = (
+        sample(llama, tokenizer, prompts, 3, 9, generator=generator(5), at_once=n).ids
+        for n in (0, 7)
+    )
+    assert torch.equal(whole, all_at_once)
+
+
+def test_no_more_prompts_are_held_than_asked_for(llama, tokenizer):
+    read = []
+    embed = llama.get_input_embeddings()
+    hook = embed.register_forward_hook(lambda *x: read.append(x[1][0].shape))
+    sample(llama, tokenizer, PROMPTS * 2, 4, 5, generator=generator(), at_once=2)
+    hook.remove()
+    assert max(rows for rows, _ in read) <= 8
+    assert [shape for shape in read if shape[1] > 1] == [(2, 6), (2, 8), (2, 8)]
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_never_drawn(tokenizer):
+    torch.manual_seed(0)
+    wide = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )
+    model = GPT2LMHeadModel(wide).eval()
+    drawn = sample(model, tokenizer, PROMPTS, 50, 12, generator=generator())
+    ids = drawn.ids[drawn.mask]
+    assert set(ids.tolist()) == set(range(18))
+    letters = [sum(token > 1 for token in row) for row in completions(drawn)]
+    assert list(map(len, drawn.texts(tokenizer))) == letters
+    first = int(drawn.mask.any(0).int().argmax())
+    prompt = drawn.ids[:1, :first][drawn.attention_mask[:1, :first]][None]
+    with torch.no_grad():
+        logp = model(prompt).logits[0, -1, :18].log_softmax(-1)
+    torch.testing.assert_close(drawn.logps[0, first], logp[drawn.ids[0, first]])
+
+
+def test_generation_settings_play_no_part_and_stay_as_they_are(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL)
+    plain = sample(model, tokenizer, PROMPTS, 8, 12, generator=generator())
+    odd = dict(do_sample=False, temperature=0.3, top_p=0.5, repetition_penalty=3.0)
+    model.generation_config.update(**odd, max_new_tokens=2, num_beams=4, use_cache=False)
+    model.config.use_cache = False
+    before = model.generation_config.to_dict(), model.config.to_dict()
+    before = copy.deepcopy(before)
+    drawn = sample(model, tokenizer, PROMPTS, 8, 12, generator=generator(), stop=["zz"])
+    assert torch.equal(plain.ids, drawn.ids) and torch.equal(plain.logps, drawn.logps)
+    assert (model.generation_config.to_dict(), model.config.to_dict()) == before
+
+
+def test_every_part_of_a_model_keeps_its_mode_and_its_gradients(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL)
+    model.lm_head.weight.requires_grad_(False)
+    for i, part in enumerate(model.modules()):
+        part.training = i % 3 == 1
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    seen = []
+    hook = model.model.layers[1].register_forward_hook(
+        lambda *x: seen.append(any(part.training for part in model.modules()))
+    )
+    sample(model, tokenizer, PROMPTS, 2, 4, generator=generator())
+    with pytest.raises(RuntimeError, match="in the middle"):
+        model.lm_head.register_forward_hook(interrupt)
+        sample(model, tokenizer, PROMPTS, 2, 4, generator=generator())
+    hook.remove()
+    assert [part.training for part in model.modules()] == [
+        i % 3 == 1 for i, _ in enumerate(model.modules())
+    ]
+    assert seen and not any(seen)
+    assert not model.lm_head.weight.requires_grad and model.lm_head.weight.grad is None
+    assert all((p.grad == 1).all() for p in model.parameters() if p.requires_grad)
+
+
+def interrupt(*_):
+    raise RuntimeError("in the middle")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_gradient_checkpointing_and_dropout_leave_samples_alone(kind, tokenizer):
+    "In training mode a layer with checkpointing would forget the cache."
+    model = MODELS.get(kind, lambda: tiny_lm(tokenizer, **SMALL))().eval()
+    plain = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+    model.gradient_checkpointing_enable()
+    layers = getattr(model.base_model, "layers", None) or model.base_model.h
+    whole, some = (lambda: model.train()), (lambda: [x.train() for x in layers])
+    for train in whole, some:
+        model.eval()
+        train()
+        drawn = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+        assert torch.equal(plain.ids, drawn.ids)
+        torch.testing.assert_close(plain.logps, drawn.logps)
+
+
+def test_messages_are_asked_as_their_template_says(llama):
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
+    chats = [[{"role": "user", "content": text}] for text in ("1+2", "3", "4+5")]
+    asked = sample(llama, tokenizer, chats, 2, 8, generator=generator())
+    texts = sample(llama, tokenizer, ["1+2=", "3=", "4+5="], 2, 8, generator=generator())
+    assert torch.equal(asked.ids, texts.ids) and torch.equal(asked.logps, texts.logps)
+
+
+def test_log_probabilities_have_the_dtype_of_the_logits(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL).double()
+    drawn = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+    logp = scored(model, drawn)
+    assert drawn.logps.dtype == logp.dtype == torch.float64
+    torch.testing.assert_close(logp, drawn.logps, atol=1e-12, rtol=0)
+
+
+def test_min_p_leaves_out_what_is_unlikely(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL)
+    bias = torch.randn(18, generator=generator())
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    drawn = sample(model, tokenizer, [[5]], 400, 1, min_p=0.3, generator=generator())
+    with torch.no_grad():
+        p = model(torch.tensor([[5]])).logits[0, -1].softmax(-1)
+    kept = p >= 0.3 * p.max()
+    assert 1 < kept.sum() < 18
+    assert set(drawn.ids[:, 1].tolist()) == set(kept.nonzero().squeeze(1).tolist())
+    expected = (p / p[kept].sum()).log()[drawn.ids[:, 1]]
+    torch.testing.assert_close(drawn.logps[:, 1], expected)
+
+
+def test_a_token_costs_one_wait_where_all_go_on(tokenizer):
+    "Sizes and truths that Python asks for: on a GPU each is a wait."
+    waits = {"aten::nonzero", "aten::_unique2", "aten::equal", "aten::_local_scalar_dense"}
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name, index = function._schema.name, args[1] if len(args) > 1 else ()
+            masks = name == "aten::index" and any(x.dtype == torch.bool for x in index)
+            counts.append(name in waits or masks)
+            return function(*args, **(kwargs or {}))
+
+    model = only(tiny_lm(tokenizer, **SMALL), list(range(2, 18)))
+    totals = []
+    for room in 10, 20:
+        counts = []
+        with Seen():
+            sample(model, tokenizer, PROMPTS, 3, room, generator=generator())
+        totals.append(sum(counts))
+    assert totals[1] - totals[0] == 10
 
 
 def test_equal_branches_with_equal_tokens_are_one_branch():
