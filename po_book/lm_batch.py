@@ -20,7 +20,7 @@ from po_book.checks import (
 )
 from .dapo import fill_groups, informative, soft_overlong_penalty
 from .language_model import Prompt, check_sampling
-from .rewards import Reward, compute_rewards
+from .rewards import Reward, RewardLog, compute_rewards, mean_metrics
 from .sampling import Samples, join
 from .tasks import Task
 
@@ -93,22 +93,30 @@ class Answers:
     samples: Samples                # a row a completion; those of a group are adjacent
     verdicts: Float[Tensor, "P G"]  # what the reward says
     rewards: Float[Tensor, "P G"]   # what is paid: a penalty for length taken off
+    told: RewardLog                 # what the reward tells besides
 
     def groups(self) -> list["Answers"]:
-        "The answers to each prompt."
+        "The answers to each prompt; of what is told, the columns."
         size, device = self.verdicts.shape[1], self.samples.ids.device
         rows = torch.arange(len(self.prompts) * size, device=device).split(size)
         parts = map(self.samples.rows, rows)
         columns = self.prompts, parts, self.verdicts, self.rewards
-        return [Answers([q], x, v[None], r[None]) for q, x, v, r in zip(*columns)]
+        return [
+            Answers([q], x, v[None], r[None], self.told.rows_from(i * size, size))
+            for i, (q, x, v, r) in enumerate(zip(*columns))
+        ]
 
     def first_group(self, tokenizer: "PreTrainedTokenizerBase") -> list[dict]:
-        "The first prompt, its completions and their rewards."
+        "The first prompt, its completions, their rewards and what is told of each."
         rows = torch.arange(self.rewards.shape[1])
         texts = self.samples.rows(rows).texts(tokenizer)
         names, prompt = ("prompt", "completion", "reward"), self.prompts[0]
         paid = self.rewards[0].tolist()
-        return [dict(zip(names, (prompt, *pair))) for pair in zip(texts, paid)]
+        shown = [dict(zip(names, (prompt, *pair))) for pair in zip(texts, paid)]
+        for name, values in self.told.extras.items():
+            for row, x in zip(shown, values):
+                row[name] = x
+        return shown
 
     def facts(self, seconds: float) -> dict[str, float]:
         "What a log says of them, if they took so long."
@@ -123,30 +131,46 @@ class Answers:
         }
 
 # %% ../nbs/48a_batch.ipynb #0821509d
+#| code-fold: true
 def grade(
     samples: Samples,    # `config.group_size` completions of each prompt
-    prompts: list[str],
+    prompts: list[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
     task: Task,          # knows what else the reward is told of a prompt
     reward: Reward,
     config: BatchConfig,
+    state: Any = None,   # of the run: `global_step` and `max_steps`, as TRL names them
 ) -> Answers:
     """What completions are worth.
 
-    Raises: `ValueError` if the reward says nothing about one of them.
+    Raises: `ValueError` if the reward says nothing about one of them, and as
+    `compute_rewards` does.
     """
     asked = [prompt for prompt in prompts for _ in range(config.group_size)]
-    texts, columns = samples.texts(tokenizer), task.columns(asked)
-    values = compute_rewards(reward, asked, texts, **columns)
+    told, columns = RewardLog(len(asked)), task.columns(asked)
+    ids, kept = samples.ids.cpu(), samples.mask.cpu()
+    values = compute_rewards(
+        reward, asked, _spoken(asked, samples.texts(tokenizer)), **columns,
+        completion_ids=[row[keep].tolist() for row, keep in zip(ids, kept)],
+        finished=samples.finished.tolist(), trainer_state=state,
+        log_metric=told.log_metric, log_extra=told.log_extra,
+    )
     if None in values:
         i = values.index(None)
         raise ValueError(f"the reward says nothing about row {i}, {asked[i]!r}")
     verdicts = torch.tensor(values).view(len(prompts), config.group_size)
-    if not config.overlong_cache:
-        return Answers(prompts, samples, verdicts, verdicts)
-    size = config.max_new_tokens, config.overlong_cache
-    penalty = soft_overlong_penalty(samples.mask.sum(1).cpu(), *size)
-    return Answers(prompts, samples, verdicts, verdicts + penalty.view_as(verdicts))
+    paid = verdicts
+    if config.overlong_cache:
+        size = config.max_new_tokens, config.overlong_cache
+        paid = verdicts + soft_overlong_penalty(kept.sum(1), *size).view_as(verdicts)
+    return Answers(prompts, samples, verdicts, paid, told)
+
+# %% ../nbs/48a_batch.ipynb #47ad1127
+def _spoken(prompts: list[Prompt], texts: list[str]) -> list[str] | list[list[dict]]:
+    "Completions in the form of their prompts: texts, or messages."
+    if not isinstance(prompts[0], list) or not isinstance(prompts[0][0], dict):
+        return texts
+    return [[{"role": "assistant", "content": text}] for text in texts]
 
 # %% ../nbs/48a_batch.ipynb #73fbc86f
 def collect(
@@ -162,23 +186,34 @@ def collect(
     """
     if not informative_only:
         answers = draw(config.prompts)
-        one = config.group_size == 1  # a group of one has nothing to be compared with
-        live = 1.0 if one else informative(answers.verdicts).double().mean().item()
-        return answers, {"dead_groups": 1 - live}
+        return answers, {"dead_groups": _dead(answers.verdicts), **_told([answers])}
     seen = []
 
     def drawn_groups(n: int) -> tuple[list[Answers], Tensor]:
         answers = draw(n)
-        seen.append(answers.verdicts)
+        seen.append(answers)
         # A penalty for length tells answers apart, but teaches nothing of the answer.
         return answers.groups(), answers.verdicts
 
     filled = fill_groups(drawn_groups, config.prompts, config.max_draws)
-    live = int(informative(torch.cat(seen)).sum())
-    facts = {"dead_groups": 1 - live / filled.drawn, "drawn_groups": filled.drawn}
+    dead = _dead(torch.cat([answers.verdicts for answers in seen]))
+    facts = {"dead_groups": dead, "drawn_groups": filled.drawn, **_told(seen)}
     return _joined(filled.groups, pad), facts
 
 # %% ../nbs/48a_batch.ipynb #76de82a7
+def _dead(verdicts: Float[Tensor, "P G"]) -> float:
+    "Share of groups with equal verdicts; one of one has nothing to be compared with."
+    one = verdicts.shape[1] == 1
+    return 0.0 if one else 1 - informative(verdicts).double().mean().item()
+
+
+def _told(every: list[Answers]) -> dict[str, float]:
+    "What rewards have told, under names that a log does not have otherwise."
+    means = mean_metrics(answers.told for answers in every)
+    own = "rewards/"  # as the parts of a sum call themselves
+    return {own + name.removeprefix(own): x for name, x in means.items()}
+
+# %% ../nbs/48a_batch.ipynb #3adc991a
 def _joined(groups: list[Answers], pad: int) -> Answers:
     "Groups, one below the other."
     return Answers(
@@ -186,6 +221,7 @@ def _joined(groups: list[Answers], pad: int) -> Answers:
         join([group.samples for group in groups], pad),
         torch.cat([group.verdicts for group in groups]),
         torch.cat([group.rewards for group in groups]),
+        groups[0].told,
     )
 
 # %% ../nbs/48a_batch.ipynb #338fbae1

@@ -275,6 +275,16 @@ class RewardLog:
             raise ValueError(f"column {column} {rule}, got {len(values)}")
         self.extras[_fresh(column, self.extras)] = values
 
+    def rows_from(
+        self,
+        first: int,  # completion
+        rows: int,   # how many
+    ) -> "RewardLog":
+        "The columns of some completions, without the metrics, which are of all."
+        part = RewardLog(rows)
+        part.extras = {name: x[first : first + rows] for name, x in self.extras.items()}
+        return part
+
 # %% ../nbs/43_rewards.ipynb #2d3639e8
 def mean_metrics(
     logs: Iterable[RewardLog],  # of the parts of a batch

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,9 +69,9 @@ def _answers(run: LMRun, learner: LMLearner, n: int) -> Answers:
             config.max_new_tokens, **config.law, generator=learner.generator,
             stop=config.stop, at_once=config.sample_batch,
         )
-    return grade(
-        samples, prompts, learner.tokenizer, learner.task, learner.reward, config
-    )
+    state = SimpleNamespace(global_step=len(run.log), max_steps=config.steps)
+    asked = learner.tokenizer, learner.task, learner.reward, config, state
+    return grade(samples, prompts, *asked)
 
 # %% ../nbs/49_small_lm.ipynb #0051a2ad
 def _collect(run: LMRun, learner: LMLearner) -> tuple[Answers, dict[str, float]]:

@@ -9,9 +9,10 @@ from accelerate.state import AcceleratorState
 from tiny_models import SMALL, generator
 
 from po_book.language_model import char_tokenizer, tiny_lm, token_logprobs
-from po_book.lm_batch import Answers, BatchConfig, all_or_none
+from po_book.lm_batch import Answers, BatchConfig, all_or_none, collect, grade
 from po_book.lm_step import ActorCritic, gradient_step, in_parts, learnable, row_logps, split_rows
 from po_book.objective import PRESETS
+from po_book.rewards import RewardLog, weighted_sum
 from po_book.sampling import sample
 from po_book.tasks import ChainAddition
 
@@ -33,7 +34,7 @@ def answers() -> Answers:
     prompts = TASK.prompts(5)
     samples = sample(model, tokenizer, prompts, 4, 12, generator=generator())
     worth = torch.rand(5, 4, generator=generator(1))
-    return Answers(prompts, samples, worth, worth)
+    return Answers(prompts, samples, worth, worth, RewardLog(20))
 
 
 def rows_of(answers: Answers) -> dict[str, torch.Tensor]:
@@ -187,3 +188,86 @@ def test_what_fails_alone_fails_as_it_is_and_what_it_gives_is_given():
     assert all_or_none(ALONE, lambda: 3) == 3
     with pytest.raises(KeyError):
         all_or_none(ALONE, lambda: {}["nothing"])
+
+
+# What a reward is told, and tells
+
+
+def graded(prompts, reward, tokenizer, state=None, **changes):
+    config = BatchConfig(prompts=len(prompts), group_size=3, max_new_tokens=6, **changes)
+    model = tiny_lm(tokenizer, **SMALL)
+    samples = sample(model, tokenizer, prompts, 3, 6, generator=generator())
+    return samples, grade(samples, prompts, tokenizer, TASK, reward, config, state)
+
+
+def test_a_reward_is_told_tokens_ends_and_how_far_the_run_is():
+    tokenizer, seen = char_tokenizer(), {}
+
+    def reward(prompts, completions, completion_ids, finished, trainer_state, **columns):
+        seen.update(ids=completion_ids, finished=finished, state=trainer_state, texts=completions)
+        return [float(len(x)) for x in completion_ids]
+
+    state = SimpleNamespace(global_step=4, max_steps=9)
+    samples, answers = graded(["1+2=", "3+4="], reward, tokenizer, state)
+    assert seen["state"] is state and seen["finished"] == samples.finished.tolist()
+    assert [len(x) for x in seen["ids"]] == samples.mask.sum(1).tolist()
+    assert seen["texts"] == [tokenizer.decode(x, skip_special_tokens=True) for x in seen["ids"]]
+    assert answers.verdicts.flatten().tolist() == samples.mask.sum(1).tolist()
+
+
+def test_messages_are_answered_by_messages_and_texts_by_texts():
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chats = [[{"role": "user", "content": q}] for q in ("1+2=", "3+4=")]
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.append((prompts, completions))
+        return [0.0] * len(prompts)
+
+    one, _ = graded(chats, reward, tokenizer)
+    two, _ = graded(["1+2=", "3+4="], reward, tokenizer)
+    (asked, said), (texts, plain) = seen
+    assert torch.equal(one.ids, two.ids)
+    assert asked == [chats[0]] * 3 + [chats[1]] * 3 and texts == ["1+2="] * 3 + ["3+4="] * 3
+    assert said == [[{"role": "assistant", "content": x}] for x in plain]
+    assert plain == two.texts(tokenizer)
+
+
+def test_what_a_reward_tells_is_in_the_log_and_beside_the_examples():
+    tokenizer = char_tokenizer()
+
+    def reward(prompts, completions, log_metric, log_extra, **columns):
+        log_metric("share of ones", 0.25)
+        log_extra("first", [x[:1] for x in completions])
+        return [float(i % 2) for i in range(len(completions))]
+
+    samples, answers = graded(["1+2=", "3+4="], reward, tokenizer)
+    shown = answers.first_group(tokenizer)
+    assert [row["first"] for row in shown] == [x[:1] for x in samples.texts(tokenizer)[:3]]
+    second = answers.groups()[1].first_group(tokenizer)
+    assert [row["first"] for row in second] == [x[:1] for x in samples.texts(tokenizer)[3:]]
+    for informative_only in (False, True):
+        config = BatchConfig(prompts=2, group_size=3, max_new_tokens=6)
+        _, facts = collect(lambda n: answers, config, informative_only, 0)
+        assert facts["rewards/share of ones"] == 0.25 and facts["dead_groups"] == 0
+
+
+def test_a_sum_of_rewards_logs_its_parts_by_name():
+    def long(prompts, completions, **columns):
+        return [2.0] * len(completions)
+
+    def short(prompts, completions, **columns):
+        return [1.0, None, None] * 2
+
+    _, answers = graded(["1+2=", "3+4="], weighted_sum([long, short], [1.0, 0.5]), char_tokenizer())
+    _, facts = collect(lambda n: answers, BatchConfig(prompts=2, group_size=3), False, 0)
+    got = {name: x for name, x in facts.items() if name.startswith("rewards/")}
+    assert got == {"rewards/long/mean": 2, "rewards/long/weight": 1, "rewards/short/mean": 1,
+                   "rewards/short/weight": 0.5}
+    assert answers.verdicts.tolist() == [[2.5, 2.0, 2.0]] * 2
+
+
+def test_a_row_without_a_reward_is_named():
+    with pytest.raises(ValueError, match="says nothing about row 2, '1\\+2='"):
+        graded(["1+2="], lambda prompts, completions, **columns: [1.0, 0.0, None], char_tokenizer())

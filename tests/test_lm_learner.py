@@ -137,7 +137,7 @@ def test_computed_anew_a_run_ends_with_the_same_weights(tokenizer):
         model = tiny_lm(tokenizer, **SMALL).double()
         train_lm(model, tokenizer, TASK, by_length, "grpo", replace(FEW, recompute=recompute), **QUIET)
         ends.append(flat(model))
-    torch.testing.assert_close(*ends, rtol=0, atol=1e-9)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)  # samples say their logs in float32
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

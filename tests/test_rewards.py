@@ -214,7 +214,7 @@ def test_a_row_is_blamed_without_logging_it_again():
         (True, 0.5),
         iter([1, 0.5]),
     ],
-    ids=repr,
+    ids=lambda x: type(x).__name__,
 )
 def test_numbers_of_every_kind_come_back_as_floats(values):
     got = compute_rewards(returning(values), ["p", "q"], ["a", "b"])

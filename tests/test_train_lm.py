@@ -333,9 +333,9 @@ def test_problems_are_held_out_in_an_evaluation_and_not_in_training(monkeypatch)
     graded, asked = [], []
     real = module.success_rate
 
-    def success(model, tokenizer, task, prompts, *rest):
+    def success(model, tokenizer, task, prompts, *rest, **how):
         graded.extend(prompts)
-        return real(model, tokenizer, task, prompts, *rest)
+        return real(model, tokenizer, task, prompts, *rest, **how)
 
     def reward(prompts, completions, **columns):
         asked.extend(prompts)
@@ -713,7 +713,9 @@ def test_two_processes_take_the_step_of_one_on_both_batches(name, tmp_path):
     rewards = torch.cat([one["rewards"], two["rewards"]])
     config = replace(SMALL, prompts=8)
     alone = module.LMRun(PRESETS[name], config, 0, model())
-    learner = module._learner(alone, char_tokenizer(), TASK, count_ones, "cpu")
+    learner = new_lm_learner(
+        alone.model, char_tokenizer(), TASK, count_ones, alone.objective, config, device="cpu"
+    )
     values = torch.zeros_like(batch["logp_old"])  # of a critic that has not learned yet
     paid = alone.objective.rewards(
         rewards.flatten(), batch["logp_old"], batch["mask"], batch.get("logp_ref")
