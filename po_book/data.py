@@ -364,11 +364,8 @@ class Problems(Task):
         rows = [self._of(prompt).columns for prompt in prompts]
         return {name: [row[name] for row in rows] for name in (rows or [{}])[0]}
 
-    def verify(
-        self, prompt: str | list[dict], completion: str | list[dict]
-    ) -> bool:
-        "Whether the answer in a response, a text or a message, is that of the data."
-        self.solution(prompt)
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        said = self.extract(text) if self.extract else text
+    def verify(self, prompt: str | list[dict], completion: str) -> bool:
+        "Whether the answer in a response is that of the data."
+        self.solution(prompt)  # there is one
+        said = self.extract(completion) if self.extract else completion
         return said is not None and bool(self.same(said, self._right[_key(prompt)]))

@@ -314,12 +314,11 @@ def test_columns_reach_rewards_as_they_are():
             method("c")
 
 
-def test_messages_are_prompts_and_completions():
+def test_messages_are_prompts():
     chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
     known = Problems([{"prompt": chat, "answer": 2}], held_out=[{"prompt": "2+2?", "answer": 4}])
     assert known.take(2, 0) == [chat, chat] and known.columns([chat]) == {"answer": [2]}
     assert known.verify(chat, "it is 2") and not known.verify(chat, "3")
-    assert known.verify(chat, [{"role": "assistant", "content": "2"}])
     assert known.verify([dict(reversed(m.items())) for m in chat], "2")  # the same messages
 
 
