@@ -26,7 +26,7 @@ from .tasks import Task, is_held_out, spawn
 
 # %% ../nbs/42a_data.ipynb #c58f55c6
 _DIGITS = (
-    r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:(?:[1-9]\d{0,2}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
     r"(?:[eE][-+−]?\d{1,3}(?!\d))?"
 )
 _MINUS = r"(?P<minus>(?<![\w)\]}%])[-−–]\\?[$€£¥]?)?"
@@ -34,7 +34,8 @@ _NUMBER = re.compile(rf"{_MINUS}(?P<top>{_DIGITS})(?:\s*/\s*(?P<below>{_DIGITS})
 
 
 def _fraction(digits: str | None) -> Fraction:
-    return Fraction((digits or "1").replace(",", "").replace("−", "-"))
+    bare = re.sub(r"[,\s]", "", digits or "1")
+    return Fraction(bare.replace("−", "-"))
 
 # %% ../nbs/42a_data.ipynb #84007ca7
 def last_number(
@@ -364,11 +365,8 @@ class Problems(Task):
         rows = [self._of(prompt).columns for prompt in prompts]
         return {name: [row[name] for row in rows] for name in (rows or [{}])[0]}
 
-    def verify(
-        self, prompt: str | list[dict], completion: str | list[dict]
-    ) -> bool:
-        "Whether the answer in a response, a text or a message, is that of the data."
-        self.solution(prompt)
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        said = self.extract(text) if self.extract else text
+    def verify(self, prompt: str | list[dict], completion: str) -> bool:
+        "Whether the answer in a response is that of the data."
+        self.solution(prompt)  # there is one
+        said = self.extract(completion) if self.extract else completion
         return said is not None and bool(self.same(said, self._right[_key(prompt)]))

@@ -37,7 +37,7 @@ def sums(n: int = 40) -> list[dict]:
 
 NUMBERS = {
     "so it is 12": 12, "12.0.": 12, "12 or 13": 13, "1,200": 1200, "1,234,567.5": "1234567.5",
-    "1,2": 2, "1,2345": 2345, "12,345.": 12345, "0012": 12, ".5": "1/2", "it is .25.": "1/4", "-.5": "-1/2",
+    "1\u00a0200": 1200, "1\u202f234\u202f567.5": "1234567.5", "1 200": 200, "1,2": 2, "1,2345": 2345, "12,345.": 12345, "0012": 12, ".5": "1/2", "it is .25.": "1/4", "-.5": "-1/2",
     "1e3": 1000, "2.5E-1": "1/4", "1e+22": 10**22, "1e−2": "1/100", "-5": -5, "−5": -5, "–5": -5, "is:-5": -5,
     "3-5": 5, "3 - 5": 5, "(2)-5": 5, "x-5": 5, "10%-50%": 50, "[1]-2": 2, "{1}-2": 2, "3 -5": -5, "+5": 5,
     "x = -5": -5, "(-5)": -5, "$-5": -5, "-$5": -5, r"-\$5": -5, "−€1,000": -1000, "$18": 18, "50%": 50, "18 dollars": 18,
@@ -314,12 +314,11 @@ def test_columns_reach_rewards_as_they_are():
             method("c")
 
 
-def test_messages_are_prompts_and_completions():
+def test_messages_are_prompts():
     chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
     known = Problems([{"prompt": chat, "answer": 2}], held_out=[{"prompt": "2+2?", "answer": 4}])
     assert known.take(2, 0) == [chat, chat] and known.columns([chat]) == {"answer": [2]}
     assert known.verify(chat, "it is 2") and not known.verify(chat, "3")
-    assert known.verify(chat, [{"role": "assistant", "content": "2"}])
     assert known.verify([dict(reversed(m.items())) for m in chat], "2")  # the same messages
 
 
