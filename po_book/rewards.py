@@ -24,6 +24,7 @@ from .checks import check_at_least, check_whole, require
 # %% ../nbs/43_rewards.ipynb #ef4201ae
 Reward = Callable[..., Sequence[float | None]]
 
+# %% ../nbs/43_rewards.ipynb #0f6e7527
 OFFERED = "completion_ids", "finished", "trainer_state", "log_metric", "log_extra"
 
 # %% ../nbs/43_rewards.ipynb #2a85b9ba
@@ -149,13 +150,7 @@ def _numbers(
 ) -> list[float | None]:
     "What `reward` returned, as floats."
     wanted, rows = f"{_name(reward)} must return", len(data["prompts"])
-    values = values.cpu() if torch.is_tensor(values) else values
-    try:
-        if isinstance(values, (str, bytes, Mapping, Set)):
-            raise TypeError("no list")
-        values = [*values]
-    except TypeError as error:
-        raise ValueError(f"{wanted} a list of numbers, got {values!r}") from error
+    values = _listed(values, f"{wanted} a list of numbers, got {values!r}")
     if len(values) != rows:
         raise ValueError(f"{wanted} {rows} rewards, one a row, got {len(values)}")
     numbers = [None if x is None else _float(x) for x in values]
@@ -166,6 +161,16 @@ def _numbers(
         if number is not None and not math.isfinite(number):
             raise ValueError(f"{wanted} finite rewards, got {x} for {_row(data, i)}")
     return numbers
+
+
+def _listed(values: Any, refusal: str) -> list[Any]:
+    "The values in order; a tensor's are fetched at once, from wherever it is."
+    try:
+        if isinstance(values, (str, bytes, Mapping, Set)):
+            raise TypeError("a text, or something without an order")
+        return [*(values.cpu() if torch.is_tensor(values) else values)]
+    except TypeError as error:
+        raise ValueError(refusal) from error
 
 
 def _float(x: Any) -> float | None:

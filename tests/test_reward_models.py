@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from po_book import language_model
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.reward_models import (
     RewardModel,
@@ -264,6 +265,16 @@ def test_rows_that_cannot_be_scored_are_refused(model):
         model(["1="], ["1" * 200])
 
 
+@pytest.mark.skipif(not hasattr(language_model, "Prompt"), reason="prompts are texts or tokens")
+def test_messages_are_read_as_the_policy_read_them(model):
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}:{% endfor %}"
+    prompts = [[{"role": "user", "content": q}] for q in ("1+2=", "9=")]
+    answers = [[{"role": "assistant", "content": o}] for o in ("3", "9")]
+    got = compute_rewards(model.reward, prompts, answers, finished=[True, False])
+    assert got == model.reward(["1+2=:", "9=:"], ["3", "9"], [True, False])
+
+
 # A classifier from the hub
 
 
@@ -369,9 +380,11 @@ def test_what_is_no_classifier_with_one_label_is_refused():
     lm = tiny_lm(tokenizer, width=16, layers=1, heads=2)
     with pytest.raises(ValueError, match="model must be a classifier with one label, got 2"):
         classifier_reward(lm, tokenizer)
-    lm.config.num_labels = 1
+    lm.config.num_labels, lm.config.pad_token_id = 1, 5
+    lm.train()
     with pytest.raises(ValueError, match=r"logits must have shape \(1, 1\), got \(1, 6, 18\)"):
         classifier_reward(lm, tokenizer)(["3+8="], ["11"])
+    assert lm.training and lm.config.pad_token_id == 5
 
 
 def test_texts_that_a_classifier_cannot_read_are_refused(classifier):

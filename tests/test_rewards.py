@@ -1,6 +1,8 @@
 "Rewards: one signature and its errors, what waits, what is logged, sums and rules."
 import asyncio
 import math
+import os
+import signal
 import threading
 from fractions import Fraction
 from functools import partial
@@ -305,6 +307,38 @@ def test_calls_share_an_event_loop_and_threads_do_not():
     other.start()
     other.join()
     assert loops[0] is loops[1] and loops[2] is not loops[0]
+
+
+def test_a_process_that_was_forked_waits_in_a_loop_of_its_own():
+    compute_rewards(waits, ["p"], ["a"])
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # ends a child that waits for ever
+        os._exit(0 if compute_rewards(waits, ["p"], ["ab"]) == [2.0] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_interrupt_ends_what_is_waited_for():
+    cancelled = threading.Event()
+
+    async def forever(prompts, completions, **columns):
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compute_rewards(forever, ["p"], ["a"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert cancelled.wait(30)
 
 
 def test_parts_of_a_sum_wait_at_the_same_time():

@@ -1,13 +1,24 @@
-"GRPO against TRL's own trainer: its advantages, its losses and their gradients."
+"GRPO against TRL's own trainer: advantages, losses and their gradients, reward functions."
+import asyncio
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from po_book.grpo import aggregate, group_advantages, grpo_loss
 from po_book.kl import kl_estimate
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.ppo import ratio
+from po_book.reward_models import RewardModel, classifier_reward, judge
+from po_book.rewards import (
+    OFFERED,
+    RewardLog,
+    compute_rewards,
+    mean_metrics,
+    verifier,
+    weighted_sum,
+)
 
 trl = pytest.importorskip("trl", exc_type=ImportError)
 datasets = pytest.importorskip("datasets", exc_type=ImportError)
@@ -184,3 +195,213 @@ def test_the_aggregations_tell_each_other_apart(trainer, batch):
     losses = [trl_loss(trainer, batch, name, 0.3)[0] for name in names]
     for i in range(3):
         assert (losses[i] - losses[i - 1]).abs() > 1e-2
+
+
+# Reward functions
+
+
+PAIRS = [("1+2=", "3"), ("1+2=", "4,"), ("3+4=", ""), ("3+4=", "7")]
+ANSWERS = ["3", "3", "7", "7"]
+
+
+def ask_trl(trainer, rewards, pairs=PAIRS, processing_class=None):
+    "What TRL hears from each reward function about each row, and what it logs."
+    prompts, completions = map(list, zip(*pairs))
+    inputs = [{"prompt": q, "answer": a} for q, a in zip(prompts, ANSWERS)]
+    ids = [[5, 1], [5, 6], [1], [7, 1]]
+    trainer._pending_metrics.clear()
+    trainer._pending_extra_logs.clear()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(trainer, "reward_funcs", rewards)
+    patch.setattr(trainer, "reward_func_names", [f"{i}" for i in range(len(rewards))])
+    patch.setattr(trainer, "reward_processing_classes", [processing_class] * len(rewards))
+    table = trainer._calculate_rewards(inputs, prompts, completions, ids)
+    patch.undo()
+    return table.T.tolist(), dict(trainer._pending_metrics), dict(trainer._pending_extra_logs)
+
+
+def ask_here(trainer, reward, pairs=PAIRS):
+    "The same of ours, with the same state and tokens."
+    prompts, completions = map(list, zip(*pairs))
+    log = RewardLog(len(pairs))
+    said = compute_rewards(
+        reward,
+        prompts,
+        completions,
+        answer=ANSWERS,
+        completion_ids=[[5, 1], [5, 6], [1], [7, 1]],
+        trainer_state=trainer.state,
+        log_metric=log.log_metric,
+        log_extra=log.log_extra,
+    )
+    return said, log
+
+
+@pytest.fixture(scope="module")
+def loop(trainer):
+    "TRL starts its event loop only where it is made with functions that wait."
+    from trl.trainer.utils import shutdown_event_loop_in_daemon, start_event_loop_in_daemon
+
+    thread, trainer.async_loop, ready = start_event_loop_in_daemon(name="test")
+    ready.wait()
+    yield
+    shutdown_event_loop_in_daemon(thread, trainer.async_loop)
+
+
+def everything(
+    prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, **kwargs
+):
+    "Asks for all that TRL gives."
+    assert trainer_state.global_step == 0 and trainer_state.max_steps == 0
+    right = [o == a for o, a in zip(completions, answer)]
+    log_extra("read", completions)
+    log_metric("right", sum(right) / len(right))
+    return [None if ids == [1] else x + len(ids) for x, ids in zip(right, completion_ids)]
+
+
+async def waits(completions, answer, **kwargs):
+    await asyncio.sleep(0)
+    return [float(o == a) for o, a in zip(completions, answer)]
+
+
+def ours():
+    "Rewards of this library."
+    tokenizer = char_tokenizer()
+    model = RewardModel(tiny_lm(tokenizer, width=16, layers=1, heads=2), tokenizer)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    rule = verifier(lambda q, o: str(eval(q[:-1])) == o)
+
+    async def ask(question):
+        await asyncio.sleep(0)
+        return f"{len(question)}/1000"
+
+    return {
+        "verifier": rule,
+        "reward model": model.reward,
+        "judge": judge(lambda question: f"{len(question)}", top=1000),
+        "judge that waits": judge(ask, top=1000),
+        "sum": weighted_sum([rule, waits, everything], [1.0, 0.5, 0.25]),
+    }
+
+
+@pytest.mark.parametrize("reward", [everything, waits], ids=["all arguments", "coroutine"])
+def test_a_function_written_for_trl_runs_here(trainer, loop, reward):
+    (theirs,), metrics, extras = ask_trl(trainer, [reward])
+    said, log = ask_here(trainer, reward)
+    nan = float("nan")
+    close(torch.tensor([nan if x is None else x for x in said]).nan_to_num(-9), torch.tensor(theirs).nan_to_num(-9))
+    assert log.told == metrics and log.extras == extras
+
+
+def test_trls_own_functions_run_here():
+    pytest.importorskip("math_verify")
+    from trl.rewards import accuracy_reward, get_repetition_penalty_reward
+
+    log, (prompts, completions) = RewardLog(2), zip(*chat([("1+2=", r"\boxed{3}"), ("1+2=", "4")]))
+    data = {"solution": ["$3$", "$3$"], "completion_ids": [[5, 5, 5, 5], [1, 2, 3]]}
+    total = weighted_sum([accuracy_reward, get_repetition_penalty_reward(2)], [1.0, 0.5])
+    told = {"log_extra": log.log_extra, "log_metric": log.log_metric}
+    said = compute_rewards(total, prompts, completions, **data, **told)
+    assert said == pytest.approx([1 - 0.5 * 2 / 3, 0.0])
+    assert log.extras["solution"] == ["$3$", "$3$"]
+    assert mean_metrics([log])["rewards/repetition_penalty_reward/mean"] == pytest.approx(-1 / 3)
+
+
+@pytest.mark.parametrize("name", ours())
+def test_our_rewards_run_in_trl(trainer, loop, name):
+    reward = ours()[name]
+    (theirs,), metrics, extras = ask_trl(trainer, [reward])
+    said, log = ask_here(trainer, reward)
+    close(torch.tensor(said), torch.tensor(theirs))
+    assert max(said) > min(said)
+    assert log.told == metrics and log.extras == extras
+
+
+def test_the_log_of_a_sum_in_trl(trainer, loop):
+    _, metrics, extras = ask_trl(trainer, [ours()["sum"]])
+    assert metrics == {
+        "right": [0.5],
+        "rewards/verified/weight": [1.0],
+        "rewards/verified/mean": [0.5],
+        "rewards/waits/weight": [0.5],
+        "rewards/waits/mean": [0.5],
+        "rewards/everything/weight": [0.25],
+        "rewards/everything/mean": [8 / 3],
+    }
+    assert extras == {"read": ["3", "4,", "", "7"]}
+
+
+def chat(pairs):
+    return [
+        ([{"role": "user", "content": q}], [{"role": "assistant", "content": o}])
+        for q, o in pairs
+    ]
+
+
+def test_messages_reach_our_rewards_as_they_do_in_trl(trainer, loop):
+    def verify(prompt, text):
+        return str(eval(prompt[0]["content"][:-1])) == text
+
+    rewards = verifier(verify), ours()["judge"], ours()["judge that waits"]
+    theirs, _, _ = ask_trl(trainer, list(rewards), chat(PAIRS))
+    for reward, want in zip(rewards, theirs):
+        close(torch.tensor(ask_here(trainer, reward, chat(PAIRS))[0]), torch.tensor(want))
+    assert theirs[0] == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("rows", [PAIRS, chat(PAIRS)], ids=["texts", "messages"])
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_a_classifiers_rewards_are_those_of_trl(trainer, rows, pad):
+    "Also where the end token pads, which the template puts at the end."
+    tokenizer = char_tokenizer()
+    tokenizer.pad_token = pad
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=18, num_labels=1, initializer_range=0.5, **sizes)
+    model = LlamaForSequenceClassification(config).eval()
+    said, _ = ask_here(trainer, classifier_reward(model, tokenizer, batch_size=3), rows)
+    model.config.pad_token_id = tokenizer.pad_token_id  # as TRL's trainer does
+    (theirs,), _, _ = ask_trl(trainer, [model], rows, tokenizer)
+    close(torch.tensor(said), torch.tensor(theirs), 1e-5)
+    assert max(said) - min(said) > 0.1
+
+
+def test_trl_trains_on_our_rewards_and_offers_what_the_page_says(tmp_path):
+    "A step of its trainer, with a sum of ours that hears all it has to say."
+    tokenizer, offered = char_tokenizer(), []
+
+    def listens(completions, **columns):
+        offered.append(columns)
+        columns["log_metric"]("heard", len(completions))
+        return [float(len(o)) for o in completions]
+
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=4,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = trl.GRPOTrainer(
+        model=tiny_lm(tokenizer, width=16, layers=1, heads=2),
+        reward_funcs=[weighted_sum([listens, waits], [1.0, 0.5]), waits],
+        args=config,
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["1+2="], "answer": ["3"]}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    (columns,) = offered
+    assert {*OFFERED} - {*columns} == {"finished"} and columns["answer"] == ["3"] * 4
+    assert log["heard"] == 4 and log["rewards/listens/weight"] == 1.0
+    assert log["rewards/waits/weight"] == 0.5
+    total = log["rewards/listens/mean"] + 0.5 * log["rewards/waits/mean"]
+    assert log["reward"] == pytest.approx(total + log["rewards/waits/mean"], abs=1e-6)
+    for ids in columns["completion_ids"]:
+        assert 1 not in ids[:-1] and (ids[-1] == 1 or len(ids) == 4)
