@@ -172,7 +172,7 @@ FAULTS = [
     Fault("trpo-mask-value", "train.py", "masked_mean(value_loss(policy.value(obs), returns), mask)", "value_loss(policy.value(obs), returns).mean()", "test_train.py -k no_transitions"),
     Fault("loss-mask", "ppo.py", "return masked_mean(loss, mask)", "return loss.mean()", "test_ppo.py -k mask"),
     Fault("mean-mask", "ppo.py", "    (x,) = keep(mask, x)\n", "", "test_ppo.py -k mask"),
-    Fault("explained-mask", "ppo.py", "return masked_mean((x - masked_mean(x, mask)) ** 2, mask)", "return ((x - masked_mean(x, mask)) ** 2).mean()", "test_ppo.py -k mask"),
+    Fault("explained-mask", "ppo.py", "return masked_mean((x - masked_mean(x, mask)) ** 2, mask, math.nan)", "return ((x - masked_mean(x, mask)) ** 2).mean()", "test_ppo.py -k mask"),
     # The learner
     Fault("flat-padding", "learner.py", "sizes = [-(-p.numel() // 16) * 16 for p in parameters]", "sizes = [p.numel() for p in parameters]", "test_runner.py -k flat"),
     Fault("flat-padding-half", "learner.py", "sizes = [-(-p.numel() // 16) * 16 for p in parameters]", "sizes = [-(-p.numel() // 8) * 8 for p in parameters]", "test_runner.py -k flat"),
