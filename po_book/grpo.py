@@ -7,6 +7,7 @@ __all__ = ['check_groups', 'leave_one_out', 'group_advantages', 'per_token', 'gr
            'grpo_loss', 'process_advantages']
 
 # %% ../nbs/46_grpo.ipynb #013857bb
+from math import nan
 from typing import Literal
 
 import torch
@@ -61,35 +62,38 @@ def leave_one_out(
     return size / (size - 1) * _centred(rewards)
 
 # %% ../nbs/46_grpo.ipynb #5db20be5
-def _standardised(
-    rewards: Float[Tensor, "P G"], std: Tensor, eps: float
+def _divided(
+    centred: Float[Tensor, "P G"], std: Tensor, eps: float
 ) -> Float[Tensor, "P G"]:
     "Centred rewards over `std` + `eps`; 0 stays 0, even over 0."
-    centred = _centred(rewards)
     return torch.where(centred == 0, 0, centred / (std + eps))
 
 # %% ../nbs/46_grpo.ipynb #c015a5ea
 def group_advantages(
     rewards: Float[Tensor, "P G"],  # one row a prompt
-    scale: Literal["group", "batch", "none"] = "group",  # whose deviation divides
+    scale: Literal["group", "batch", "advantage", "none"] = "group",  # what divides
     eps: float = 1e-6,              # added to the deviation
 ) -> Float[Tensor, "P G"]:
     """Advantages {eq}`eq-grpo-advantage`: rewards relative to their group's.
 
     A group of equal rewards gets exact zeros. "batch" divides by the deviation of all
-    rewards, "none" by nothing: the unit is then that of the rewards.
+    rewards, "advantage" by that of all rewards less the mean of their group, "none" by
+    nothing: the unit is then that of the rewards.
 
     Raises: `ValueError` unless the rewards are finite and come in groups of two or
     more, on an unknown `scale`, and if `eps` is negative or not finite.
-    Source: Shao et al. 2024, section 4.1.2; Liu et al. 2025 for "none".
+    Source: Shao et al. 2024, section 4.1.2; Liu et al. 2025 for "none"; Mistral-AI 2025
+    for "advantage".
     """
     check_groups(rewards)
-    check_known(("group", "batch", "none"), scale=scale)
+    check_known(("group", "batch", "advantage", "none"), scale=scale)
     check_in("[0, inf)", eps=eps)
+    centred = _centred(rewards)
     if scale == "none":
-        return _centred(rewards)
+        return centred
+    measured = centred if scale == "advantage" else rewards
     over = 1 if scale == "group" else (0, 1)
-    return _standardised(rewards, rewards.std(over, correction=0, keepdim=True), eps)
+    return _divided(centred, measured.std(over, correction=0, keepdim=True), eps)
 
 # %% ../nbs/46_grpo.ipynb #6c933952
 def per_token(
@@ -115,6 +119,7 @@ def grpo_objective(
     *,
     logp_ref: Float[Tensor, "N L"] | None = None,  # under the reference
     beta: float = 0.0,               # weight of the divergence from the reference
+    corrected: bool = False,         # the divergence times the ratio, for stale samples
     clip_low: float = 0.2,           # $\epsilon_{low}$
     clip_high: float | None = None,  # $\epsilon_{high}$; None takes clip_low
 ) -> Float[Tensor, "N L"]:
@@ -122,14 +127,17 @@ def grpo_objective(
 
     Raises: `ValueError` if shapes do not fit, if data carry a gradient, if `beta` is
     negative, or positive without `logp_ref`, and as `clipped_surrogate` does.
-    Source: Shao et al. 2024, equation 3.
+    Source: Shao et al. 2024, equation 3; DeepSeek-AI 2025 for `corrected`.
     """
     check_at_least(0, beta=beta)
     known = not beta or logp_ref is not None
     require(known, "logp_ref", f"given with beta {beta}", None)
     advantages = per_token(advantages, logp)
     surrogate = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)
-    return surrogate - beta * kl_estimate(logp, logp_ref, "k3") if beta else surrogate
+    if not beta:
+        return surrogate
+    sampler = logp_old if corrected else None
+    return surrogate - beta * kl_estimate(logp, logp_ref, "k3", sampler)
 
 # %% ../nbs/46_grpo.ipynb #cada80e6
 def token_weights(
@@ -183,6 +191,7 @@ def grpo_loss(
     *,
     logp_ref: Float[Tensor, "N L"] | None = None,  # under the reference
     beta: float = 0.0,               # weight of the divergence from the reference
+    corrected: bool = False,         # the divergence times the ratio, for stale samples
     clip_low: float = 0.2,           # $\epsilon_{low}$
     clip_high: float | None = None,  # $\epsilon_{high}$; None takes clip_low
     aggregate: Literal["sample", "token", "constant"] = "sample",
@@ -192,10 +201,11 @@ def grpo_loss(
 
     What stands outside the mask reaches neither. Metrics: `policy_loss` without the
     divergence; per token `approx_kl` from the old policy, `clip_fraction`, and with
-    `logp_ref` the estimate `kl` of the divergence from the reference.
+    `logp_ref` the estimate `kl` of the divergence from the reference. Without tokens
+    the loss is 0, and what is per token NaN.
 
     Raises: `ValueError` as `grpo_objective` and `token_weights` do.
-    Source: Shao et al. 2024, equation 3.
+    Source: Shao et al. 2024, equation 3; DeepSeek-AI 2025 for `corrected`.
     """
     advantages = per_token(advantages, logp)
     check_like("logp", logp, logp_old=logp_old, logp_ref=logp_ref, mask=mask)
@@ -204,17 +214,18 @@ def grpo_loss(
         mask, logp, logp_old, advantages, logp_ref
     )
     clip = {"clip_low": clip_low, "clip_high": clip_high}
-    anchor = {"logp_ref": logp_ref, "beta": beta}
+    anchor = {"logp_ref": logp_ref, "beta": beta, "corrected": corrected}
     objective = grpo_objective(logp, logp_old, advantages, **anchor, **clip)
-    now = logp.detach()
+    now, sampler = logp.detach(), logp_old if corrected else None
     surrogate = clipped_surrogate(now, logp_old, advantages, **clip)
-    metrics = {
-        "policy_loss": -(weights * surrogate).sum(),
-        "approx_kl": masked_mean(approx_kl(now, logp_old), mask),
-        "clip_fraction": masked_mean(outside_band(now, logp_old, **clip), mask),
+    each = {
+        "approx_kl": approx_kl(now, logp_old),
+        "clip_fraction": outside_band(now, logp_old, **clip),
     }
     if logp_ref is not None:
-        metrics["kl"] = masked_mean(kl_estimate(now, logp_ref, "k3"), mask)
+        each["kl"] = kl_estimate(now, logp_ref, "k3", sampler)
+    metrics = {name: masked_mean(x, mask, nan) for name, x in each.items()}
+    metrics["policy_loss"] = -(weights * surrogate).sum()
     return -(weights * objective).sum(), metrics
 
 # %% ../nbs/46_grpo.ipynb #11eef338
@@ -246,5 +257,5 @@ def process_advantages(
     for row, group, kept in zip(scaled, groups, ends.view_as(groups)):
         if kept.any():
             steps = group[None, kept]
-            row[kept] = _standardised(steps, steps.std(correction=0), eps)[0]
+            row[kept] = _divided(_centred(steps), steps.std(correction=0), eps)[0]
     return scaled.view_as(rewards).flip(1).cumsum(1).flip(1)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .checks import check_detached, check_known, check_like
-from .ppo import approx_kl
+from .ppo import approx_kl, ratio
 
 # %% ../nbs/44_kl.ipynb #bbff4b5f
 def exact_kl(
@@ -44,17 +44,23 @@ def kl_estimate(
     logp: Float[Tensor, "*shape"],      # $\log\pi_\theta(a\mid s)$, $a\sim\pi_\theta$
     logp_ref: Float[Tensor, "*shape"],  # $\log\pi_{ref}(a\mid s)$ of the same actions
     kind: Literal["k1", "k2", "k3"],    # the value wants k1 or k3, the gradient k2
+    logp_old: Float[Tensor, "*shape"] | None = None,  # where $\pi_{old}$ has sampled
 ) -> Float[Tensor, "*shape"]:
     """Estimate {eq}`eq-kl-estimators` of the divergence from the reference, in nats.
 
-    In `k3` a log-ratio beyond ±`MAX_LOG_RATIO` counts as ±`MAX_LOG_RATIO`, without
-    gradient.
+    With `logp_old` times the ratio of the two policies, {eq}`eq-kl-weighted`; that of
+    `k2` is a number, {eq}`eq-kl-weighted-k2`. In `k3` and in the ratio, a log-ratio
+    beyond ±`MAX_LOG_RATIO` (in float16 ±5.5) counts as that, without gradient.
 
-    Raises: `ValueError` if the shapes differ, `logp_ref` carries a gradient, or `kind`
-    is unknown.
-    Source: Schulman 2020.
+    Raises: `ValueError` if the shapes differ, `logp_ref` or `logp_old` carries a
+    gradient, or `kind` is unknown.
+    Source: Schulman 2020; DeepSeek-AI 2025 for the weight.
     """
     check_like("logp", logp, logp_ref=logp_ref)
     check_detached(logp_ref=logp_ref)
     check_known(_ESTIMATORS, kind=kind)
-    return _ESTIMATORS[kind](logp_ref - logp)
+    estimate = _ESTIMATORS[kind](logp_ref - logp)
+    if logp_old is None:
+        return estimate
+    rho = ratio(logp, logp_old)
+    return (rho.detach() if kind == "k2" else rho) * estimate

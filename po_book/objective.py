@@ -68,10 +68,7 @@ class Returns(_Choice):
         group_size: int = 1,            # not used
         values: Float[Tensor, "N L"] | None = None,  # not used
     ) -> tuple[Float[Tensor, "N L"], None]:
-        """Advantages, and no targets.
-
-        Raises: `ValueError` as `token_gae` does.
-        """
+        "Advantages, and no targets. Raises: `ValueError` as `token_gae` does."
         nothing = torch.zeros_like(rewards)
         return token_gae(rewards, nothing, mask, self.gamma, 1.0), None
 
@@ -126,11 +123,11 @@ def _totals(
 class Group(_Choice):
     """The reward of a response relative to its group.
 
-    Source: Shao et al. 2024; Liu et al. 2025 for "none", Yu et al. 2025 for
-    `informative_only`.
+    Source: Shao et al. 2024; Liu et al. 2025 for "none", Mistral-AI 2025 for
+    "advantage", Yu et al. 2025 for `informative_only`.
     """
 
-    scale: Literal["group", "batch", "none"] = "group"  # whose deviation divides
+    scale: Literal["group", "batch", "advantage", "none"] = "group"  # what divides
     informative_only: bool = False  # sample until all groups have different rewards
     critic: ClassVar[bool] = False
 
@@ -138,6 +135,7 @@ class Group(_Choice):
     def words(self) -> str:
         "The choice in words."
         by = {"group": " over its deviation", "batch": " over the batch's deviation"}
+        by["advantage"] = ", over the deviation of all of these"
         only = ", informative groups only" if self.informative_only else ""
         return f"reward minus the group's mean{by.get(self.scale, '')}{only}"
 
@@ -219,10 +217,7 @@ class Radius(_Choice):
         logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}$
         advantages: Float[Tensor, "*shape"],  # $\hat A$
     ) -> Float[Tensor, "*shape"]:
-        """What is maximised, of every token.
-
-        Raises: `ValueError` as `ratio` does.
-        """
+        "What is maximised, of every token. Raises: `ValueError` as `ratio` does."
         return ratio(logp, logp_old) * advantages
 
 # %% ../nbs/48_objective.ipynb #4359dff1
@@ -243,10 +238,7 @@ class Penalty(_Choice):
         logp_old: Float[Tensor, "*shape"],    # $\log\pi_{old}$
         advantages: Float[Tensor, "*shape"],  # $\hat A$
     ) -> Float[Tensor, "*shape"]:
-        """What is maximised, of every token.
-
-        Raises: `ValueError` as `kl_penalty` does.
-        """
+        "What is maximised, of every token. Raises: `ValueError` as `kl_penalty` does."
         return kl_penalty(logp, logp_old, advantages, self.beta)
 
 # %% ../nbs/48_objective.ipynb #a2eb5802
@@ -287,6 +279,7 @@ class NoReference(_Choice):
     reference: ClassVar[bool] = False
     in_reward: ClassVar[float] = 0.0
     in_loss: ClassVar[float] = 0.0
+    corrected: ClassVar[bool] = False
     text = "none"
 
 # %% ../nbs/48_objective.ipynb #52b84de6
@@ -300,6 +293,7 @@ class InReward(_Choice):
     beta: float = 0.05  # price of a nat, in units of reward
     reference: ClassVar[bool] = True
     in_loss: ClassVar[float] = 0.0
+    corrected: ClassVar[bool] = False
     limits = {"beta": "[0, inf)"}
     text = "{beta:g} times the log-ratio off the reward of every token"
 
@@ -313,11 +307,12 @@ class InReward(_Choice):
 class InLoss(_Choice):
     """An estimate of the divergence from the reference is part of the loss.
 
-    Source: Shao et al. 2024.
+    Source: Shao et al. 2024; DeepSeek-AI 2025 for `corrected`.
     """
 
     beta: float = 0.04  # weight of a nat
     kind: Literal["k1", "k2", "k3"] = "k3"
+    corrected: bool = False  # times the ratio: right on the old policy's samples too
     reference: ClassVar[bool] = True
     in_reward: ClassVar[float] = 0.0
     limits = {"beta": "[0, inf)"}
@@ -415,7 +410,9 @@ class Objective:
         if not self.kl.in_loss:
             return gain
         require(logp_ref is not None, "logp_ref", f"given for {self.kl}", None)
-        return gain - self.kl.in_loss * kl_estimate(logp, logp_ref, self.kl.kind)
+        sampler = logp_old if self.kl.corrected else None
+        price = kl_estimate(logp, logp_ref, self.kl.kind, sampler)
+        return gain - self.kl.in_loss * price
 
     def for_length(
         self,
@@ -439,7 +436,8 @@ def objective_loss(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Minus {eq}`eq-unified-objective`, and detached metrics: means over tokens.
 
-    What stands outside the mask reaches neither.
+    What stands outside the mask reaches neither. Without tokens the loss is 0, and the
+    metrics are NaN.
 
     Raises: `ValueError` if shapes do not fit, and as the parts do.
     """
@@ -451,14 +449,14 @@ def objective_loss(
     columns = logp, logp_old, advantages, logp_ref
     logp, logp_old, advantages, logp_ref = keep(mask, *columns)
     loss = -(weights * objective(logp, logp_old, advantages, logp_ref)).sum()
-    now = logp.detach()
+    now, sampler = logp.detach(), logp_old if objective.kl.corrected else None
     metrics = {"approx_kl": approx_kl(now, logp_old)}
     if isinstance(objective.trust, Clip):
         clip = objective.trust.low, objective.trust.high
         metrics["clip_fraction"] = outside_band(now, logp_old, *clip)
     if logp_ref is not None:
-        metrics["kl"] = kl_estimate(now, logp_ref, "k3")
-    return loss, {name: masked_mean(x, mask) for name, x in metrics.items()}
+        metrics["kl"] = kl_estimate(now, logp_ref, "k3", sampler)
+    return loss, {name: masked_mean(x, mask, torch.nan) for name, x in metrics.items()}
 
 # %% ../nbs/48_objective.ipynb #f20228b7
 _SUM = Aggregation("constant", 1)  # of the tokens of a response; mean over responses
@@ -477,7 +475,7 @@ PRESETS: dict[str, Objective] = {
     "dr-grpo": Objective(Group("none"), Clip(), NoReference(), Aggregation("constant")),
     "dapo": Objective(_INFORMATIVE, Clip(0.2, 0.28), NoReference(), _TOKENS),
     "magistral": Objective(
-        Group("batch", informative_only=True), Clip(0.2, 0.28), NoReference(), _TOKENS
+        Group("advantage", True), Clip(0.2, 0.28), NoReference(), _TOKENS
     ),
     "prorl": Objective(_INFORMATIVE, Clip(0.2, 0.4), InLoss(), _TOKENS),
 }

@@ -33,7 +33,10 @@ def _log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
     "Log of {eq}`eq-ppo-ratio`, cut so that its exponential is finite."
     check_like("logp", logp, logp_old=logp_old)
     check_detached(logp_old=logp_old)
-    return (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = logp - logp_old
+    root = math.log(torch.finfo(log_ratio.dtype).max) / 2
+    cut = min(MAX_LOG_RATIO, root)
+    return log_ratio.clamp(-cut, cut)
 
 # %% ../nbs/22_ppo.ipynb #7ae73e30
 def ratio(
@@ -42,8 +45,8 @@ def ratio(
 ) -> Float[Tensor, "*shape"]:
     """Probability ratio {eq}`eq-ppo-ratio` of every element.
 
-    A log-ratio beyond ±`MAX_LOG_RATIO` counts as ±`MAX_LOG_RATIO`, without gradient;
-    it is NaN for an action that is impossible under both policies.
+    A log-ratio beyond ±`MAX_LOG_RATIO` (in float16 ±5.5) counts as that, without
+    gradient; it is NaN for an action that is impossible under both policies.
 
     Raises: `ValueError` if the shapes differ or `logp_old` carries a gradient.
     """
@@ -167,16 +170,20 @@ def outside_band(
 def masked_mean(
     x: Float[Tensor, "*shape"],  # one number per element
     mask: Bool[Tensor, "*shape"] | None = None,  # true where an element counts
+    empty: float = 0.0,  # mean of nothing: 0 in a loss, NaN in a log
 ) -> Float[Tensor, ""]:
-    """Mean of the elements that count, and 0 if none does.
+    """Mean of the elements that count, and `empty` if the mask leaves none.
 
     Raises: `ValueError` if `mask` has another shape or is not bool.
     """
     check_like("x", x, mask=mask)
     (x,) = keep(mask, x)
-    return x.mean() if mask is None else x.sum() / mask.sum().clamp(min=1)
+    if mask is None:
+        return x.mean()
+    count = mask.sum()
+    return torch.where(count > 0, x.sum() / count.clamp(min=1), empty)
 
-# %% ../nbs/22_ppo.ipynb #97797309
+# %% ../nbs/22_ppo.ipynb #9f72538d
 def explained_variance(
     values: Float[Tensor, "*shape"],   # $V(s)$
     returns: Float[Tensor, "*shape"],  # $G$
@@ -184,14 +191,15 @@ def explained_variance(
 ) -> Float[Tensor, ""]:
     """Share {eq}`eq-ppo-explained-variance` that the critic explains, at most 1.
 
-    Finite even if all returns are equal: their variance then counts as 1e-8.
+    Finite even if all returns are equal: their variance then counts as 1e-8. NaN if
+    the mask leaves none.
 
     Raises: `ValueError` if shapes differ or `mask` is not bool.
     """
     check_like("values", values, returns=returns, mask=mask)
 
     def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask, math.nan)
 
     unexplained = variance(returns - values.detach())
     return 1 - unexplained / variance(returns).clamp(min=1e-8)
@@ -257,7 +265,7 @@ def ppo_metrics(
 ) -> dict[str, Float[Tensor, ""]]:
     """Value loss, entropy, estimated divergence, clip fraction, explained variance.
 
-    Masked rows do not count.
+    Masked rows do not count; all are NaN if no row does.
 
     Raises: `ValueError` naming the argument of wrong shape, type or range.
     """
@@ -270,7 +278,7 @@ def ppo_metrics(
         "approx_kl": approx_kl(logp, logp_old),
         "clip_fraction": outside_band(logp, logp_old, low, high),
     }
-    means = {name: masked_mean(x, mask) for name, x in each.items()}
+    means = {name: masked_mean(x, mask, math.nan) for name, x in each.items()}
     return means | {"explained_variance": explained_variance(values, returns, mask)}
 
 # %% ../nbs/22_ppo.ipynb #26f399db

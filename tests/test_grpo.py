@@ -83,7 +83,18 @@ def test_batch_scale_divides_all_groups_by_the_deviation_of_all_rewards():
     close(group_advantages(rewards, "batch"), want)
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantage_scale_gives_the_advantages_of_a_batch_the_deviation_one():
+    rewards = torch.tensor([[0.0, 1.0], [10.0, 11.0]])
+    close(group_advantages(rewards, "advantage", eps=0), [[-1, 1], [-1, 1]])
+    close(group_advantages(rewards, "advantage", eps=0.5), [[-0.5, 0.5], [-0.5, 0.5]])
+    rewards = f64(4, 5) + 3 * f64(4, 1, seed=1)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    got = group_advantages(rewards, "advantage", eps=0)
+    close(got, centred / centred.square().mean().sqrt())
+    close(got.var(correction=0), 1.0)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "advantage", "none"])
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exact_zeros(scale, eps, dtype):
@@ -94,12 +105,12 @@ def test_equal_rewards_give_exact_zeros(scale, eps, dtype):
 
 def test_a_dead_group_stays_dead_beside_a_live_one():
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.0, 0.0, 1.0]])
-    for scale in "group", "batch", "none":
+    for scale in "group", "batch", "advantage", "none":
         advantages = group_advantages(rewards, scale)
         assert advantages[0].eq(0).all() and advantages[1].ne(0).all()
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", ["group", "batch", "advantage", "none"])
 def test_groups_sum_to_zero_and_keep_the_order_of_the_rewards(scale):
     rewards = f64(7, 6)
     advantages = group_advantages(rewards, scale)
@@ -172,7 +183,7 @@ def test_rewards_that_are_no_groups_of_numbers_are_refused(function, rewards, ma
 
 
 def test_unknown_scale_and_negative_eps_are_refused():
-    with pytest.raises(ValueError, match="scale must be one of group, batch, none, got"):
+    with pytest.raises(ValueError, match="scale must be one of group, batch, advantage, none, got"):
         group_advantages(torch.zeros(1, 2), "std")
     for eps in -1e-6, math.nan, math.inf:
         for scale in "group", "batch", "none":
@@ -388,6 +399,22 @@ def test_metrics_are_detached_and_kl_needs_a_reference(batch):
     assert set(metrics) == {"policy_loss", "approx_kl", "clip_fraction"}
 
 
+def test_the_divergence_is_corrected_for_stale_samples_in_loss_and_log(batch):
+    plain = loss_and_gradient(batch, beta=0.3)
+    corrected = loss_and_gradient(batch, beta=0.3, corrected=True)
+    ref, mask = batch.pop("logp_ref"), batch["mask"]
+    logp = batch["logp"].clone().requires_grad_()
+    rho = (logp - batch["logp_old"]).exp()
+    k3 = (ref - logp).exp() - 1 - (ref - logp)
+    price = 0.3 * aggregate(rho * k3 - k3, mask)
+    close(corrected[0], plain[0] + price.detach())
+    close(corrected[1], plain[1] + torch.autograd.grad(price, logp)[0])
+    close(plain[2]["kl"], k3.detach()[mask].mean())
+    close(corrected[2]["kl"], (rho * k3).detach()[mask].mean())
+    for name in "policy_loss", "approx_kl", "clip_fraction":
+        close(corrected[2][name], plain[2][name])
+
+
 def test_clip_fraction_and_approx_kl_are_means_over_tokens(batch):
     *_, metrics = loss_and_gradient(batch)
     log_ratio = (batch["logp"] - batch["logp_old"])[batch["mask"]]
@@ -461,8 +488,9 @@ def test_empty_rows_and_an_empty_mask_are_finite(batch):
     assert loss.isfinite() and gradient.isfinite().all() and gradient[2].eq(0).all()
     batch["mask"] = torch.zeros(6, 5, dtype=torch.bool)
     loss, gradient, metrics = loss_and_gradient(batch, beta=0.1)
-    assert loss == 0 and gradient.eq(0).all()
-    assert all(x == 0 for x in metrics.values())
+    assert loss == 0 and gradient.eq(0).all() and metrics.pop("policy_loss") == 0
+    assert set(metrics) == {"approx_kl", "clip_fraction", "kl"}
+    assert all(x.isnan() for x in metrics.values())
 
 
 @pytest.mark.parametrize("how, max_len", HOWS)

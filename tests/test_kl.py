@@ -150,18 +150,40 @@ def test_weighted_losses_have_the_right_gradient_under_old_samples(seed):
     z, z_old, z_ref = (random_logits(3 * seed + i, 6) for i in (0, 1, 2))
     old, logp_ref = z_old.log_softmax(-1), z_ref.log_softmax(-1)
     true = jacobian(lambda x: exact_kl(x, z_ref), z)
-    for loss in (
-        lambda x: ratio(x, old) * kl_estimate(x, logp_ref, "k3"),
-        lambda x: ratio(x, old).detach() * kl_estimate(x, logp_ref, "k2"),
-    ):
+    for kind in "k1", "k2", "k3":
+        loss = lambda x, kind=kind: kl_estimate(x, logp_ref, kind, old)  # noqa: E731
         close(expected_gradient(loss, z, old.exp()), true)
+        want = ratio(z.log_softmax(-1), old) * kl_estimate(z.log_softmax(-1), logp_ref, kind)
+        close(loss(z.log_softmax(-1)), want)
     unweighted = expected_gradient(
         lambda x: kl_estimate(x, logp_ref, "k2"), z, old.exp()
     )
     assert (unweighted - true).abs().max() > 1e-3
 
 
+def test_stale_samples_have_another_mean_unless_it_is_corrected():
+    p, old = (torch.tensor(x, dtype=torch.float64).log() for x in ([0.7, 0.2, 0.1], [0.2, 0.3, 0.5]))
+    ref = torch.full((3,), 1 / 3, dtype=torch.float64).log()
+    plain = old.exp() @ kl_estimate(p, ref, "k3")
+    corrected = old.exp() @ kl_estimate(p, ref, "k3", old)
+    assert plain.item() == pytest.approx(0.65506, abs=1e-5)
+    assert corrected.item() == pytest.approx(0.29679, abs=1e-5)
+    close(corrected, exact_kl(p, ref))
+    close(kl_estimate(p, ref, "k3", p), kl_estimate(p, ref, "k3"))
+
+
 # Extremes
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_half_precision_estimates_are_finite(dtype, kind):
+    for log_u in 0.0, 0.1, 5.0, 6.0, 12.0, 40.0, 100.0, 3e4:
+        for sign in 1, -1:
+            logp = torch.tensor([-0.5 * sign * log_u], dtype=dtype, requires_grad=True)
+            k = kl_estimate(logp, -logp.detach(), kind)
+            slope = torch.autograd.grad(k.sum(), logp)[0]
+            assert k.dtype == dtype and k.isfinite().all() and slope.isfinite().all()
 
 
 def test_k3_is_finite_beyond_the_cut_and_exact_below_it():
@@ -200,6 +222,13 @@ def test_exact_kl_refuses_another_vocabulary():
 def test_estimate_refuses_another_shape():
     with pytest.raises(ValueError, match=r"logp_ref must have logp's shape \(3,\), got"):
         kl_estimate(torch.zeros(3), torch.zeros(1), "k3")
+
+
+def test_estimate_refuses_an_old_policy_that_is_not_data():
+    with pytest.raises(ValueError, match="logp_old must be detached"):
+        kl_estimate(torch.zeros(3), torch.zeros(3), "k3", torch.zeros(3, requires_grad=True))
+    with pytest.raises(ValueError, match=r"logp_old must have logp's shape \(3,\), got"):
+        kl_estimate(torch.zeros(3), torch.zeros(3), "k3", torch.zeros(1))
 
 
 def test_estimate_refuses_a_reference_with_a_gradient():

@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Categorical
 
 from po_book.advantage import normalize
+from po_book.dapo import CLIP_HIGH
 from po_book.grpo import group_advantages, grpo_loss, leave_one_out
 from po_book.objective import (
     PRESETS,
@@ -129,6 +130,134 @@ def test_every_preset_is_compared():
     assert compared == set(PRESETS)
 
 
+# From rewards to the gradient, every preset written out
+
+REWARDS = torch.tensor([1.0, 0, 0, 0.5, 3, 3, 2, 2.25]).double()  # two groups of four
+
+
+def gae_by_hand(rewards, values, mask, gamma, lam):
+    "One row after another, one token after another."
+    out = torch.zeros_like(rewards)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        carried = 0.0
+        for t in reversed(range(n)):
+            after = values[i, t + 1] if t + 1 < n else 0.0
+            carried = rewards[i, t] + gamma * after - values[i, t] + gamma * lam * carried
+            out[i, t] = carried
+    return out
+
+
+def at_the_end(mask):
+    "The reward of a response, at its last token."
+    rewards = torch.zeros(N, L).double()
+    for i, n in enumerate(mask.sum(1).tolist()):
+        rewards[i, n - 1] = REWARDS[i]
+    return rewards
+
+
+def critic_by_hand(rewards, values, mask, gamma):
+    raw = gae_by_hand(rewards, values, mask, gamma, 0.95)
+    return (raw - raw[mask].mean()) / raw[mask].std(correction=0)
+
+
+def group_by_hand(divide):
+    groups = REWARDS.view(2, 4)
+    centred = groups - groups.mean(1, keepdim=True)
+    std = {"group": groups.std(1, correction=0, keepdim=True),
+           "advantage": centred.square().mean().sqrt(), "none": 1}[divide]
+    return (centred / std).reshape(N, 1)
+
+
+def loss_by_hand(name, logp, old, ref, values, mask):
+    "Minus the objective, from the formulas of the chapters."
+    rho, price = (logp - old).exp(), old - ref
+    k3 = (ref - logp).exp() - 1 - (ref - logp)
+    lengths, tokens = mask.sum(1, keepdim=True), mask.sum()
+
+    def clipped(A, high):
+        return torch.minimum(rho * A, rho.clamp(0.8, 1 + high) * A)
+
+    def critic(gamma, beta=0.0):
+        return critic_by_hand(at_the_end(mask) - beta * price, values, mask, gamma)
+
+    paid = REWARDS - 0.05 * (price * mask).sum(1)
+    others = torch.stack([(paid.view(2, 4)[:, [j for j in range(4) if j != i]]).mean(1)
+                          for i in range(4)], 1).flatten()
+    gain, weights = {
+        "reinforce": lambda: (logp * REWARDS[:, None], 1 / N),
+        "a2c": lambda: (logp * critic(0.99), 1 / tokens),
+        "trpo": lambda: (rho * critic(0.99), 1 / tokens),
+        "ppo-kl": lambda: (rho * critic(0.99) - (rho - 1 - rho.log()), 1 / tokens),
+        "ppo": lambda: (clipped(critic(0.99), 0.2), 1 / tokens),
+        "rlhf-ppo": lambda: (clipped(critic(1.0, 0.05), 0.2), 1 / tokens),
+        "rloo": lambda: (logp * (paid - others)[:, None], 1 / N),
+        "grpo": lambda: (clipped(group_by_hand("group"), 0.2) - 0.04 * k3, 1 / (N * lengths)),
+        "dr-grpo": lambda: (clipped(group_by_hand("none"), 0.2), 1 / (N * L)),
+        "dapo": lambda: (clipped(group_by_hand("group"), 0.28), 1 / tokens),
+        "magistral": lambda: (clipped(group_by_hand("advantage"), 0.28), 1 / tokens),
+        "prorl": lambda: (clipped(group_by_hand("group"), 0.4) - 0.04 * k3, 1 / tokens),
+    }[name]()
+    return -torch.where(mask, gain * weights, 0).sum()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_from_rewards_to_the_gradient_a_preset_is_its_formula(data, name):
+    logp, old, ref, mask = (data[key] for key in ("logp", "logp_old", "logp_ref", "mask"))
+    values, objective = random(5, N, L), PRESETS[name].for_length(L)
+    paid = objective.rewards(REWARDS, old, mask, ref)
+    advantages, _ = objective.advantage(paid, mask, G, values)
+    ours, _ = objective_loss(objective, logp, old, advantages, mask, logp_ref=ref)
+    theirs = loss_by_hand(name, logp, old, ref, values, mask)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # eps is 1e-6
+    got, want = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert want.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_has_the_gradient_of_another(data, name):
+    logp, old, ref, mask = (data[key] for key in ("logp", "logp_old", "logp_ref", "mask"))
+    args = logp, old, ref, random(5, N, L), mask
+    mine = torch.autograd.grad(loss_by_hand(name, *args), logp, retain_graph=True)[0]
+    for other in set(PRESETS) - {name}:
+        (theirs,) = torch.autograd.grad(loss_by_hand(other, *args), logp, retain_graph=True)
+        assert (mine - theirs).abs().max() > 1e-3
+
+
+def test_the_upper_bounds_are_those_of_the_table():
+    for name, high in CLIP_HIGH.items():
+        trust = PRESETS[name].trust
+        assert (trust.low, trust.low if trust.high is None else trust.high) == (0.2, high)
+
+
+def test_without_tokens_loss_and_gradient_are_zero_and_metrics_are_no_numbers(data):
+    nothing = torch.zeros_like(data["mask"])
+    for name, preset in PRESETS.items():
+        loss, metrics = objective_loss(
+            preset.for_length(L), *rows(data)[:3], nothing, logp_ref=data["logp_ref"]
+        )
+        assert loss == 0 and torch.autograd.grad(loss, data["logp"])[0].eq(0).all()
+        clips = isinstance(preset.trust, Clip)
+        assert set(metrics) == {"approx_kl", "kl"} | ({"clip_fraction"} if clips else set())
+        assert all(x.isnan() for x in metrics.values())
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_the_price_in_the_loss_is_corrected_for_stale_samples(data, kind):
+    base = replace(PRESETS["grpo"], kl=InLoss(0.3, kind))
+    change = replace(base, kl=InLoss(0.3, kind, corrected=True))
+    logp, ref = data["logp"], {"logp_ref": data["logp_ref"]}
+    plain, before = objective_loss(base, *rows(data), **ref)
+    ours, after = objective_loss(change, *rows(data), **ref)
+    rho, log_u = (logp - data["logp_old"]).exp(), data["logp_ref"] - logp
+    k = {"k1": -log_u, "k2": log_u**2 / 2, "k3": log_u.exp() - 1 - log_u}
+    weight = rho.detach() if kind == "k2" else rho
+    weights, mask = Aggregation("sample")(data["mask"], torch.float64), data["mask"]
+    check(ours, plain + 0.3 * (weights * (weight * k[kind] - k[kind])).sum(), logp)
+    torch.testing.assert_close(before["kl"], k["k3"].detach()[mask].mean())
+    torch.testing.assert_close(after["kl"], (rho * k["k3"]).detach()[mask].mean())
+
+
 # Advantages
 
 
@@ -138,7 +267,7 @@ def test_advantages_are_those_of_the_chapters(data):
     paid = kl_rewards(R, data["logp_old"], data["logp_ref"], mask, 0.05)
     groups = R.view(-1, G)
     plain = PRESETS["grpo"].rewards(R, data["logp_old"], mask)
-    for scale in "group", "batch", "none":
+    for scale in "group", "batch", "advantage", "none":
         got, targets = Group(scale)(plain, mask, G)
         want = group_advantages(groups, scale).view(-1, 1) * mask
         torch.testing.assert_close(got, want)
@@ -267,7 +396,7 @@ BAD = {
     Penalty: {"beta": (-1, math.inf)},
     Clip: {"low": (-1, 1), "high": (-0.1,)},
     InReward: {"beta": (-1, math.inf)},
-    InLoss: {"beta": (-1, math.inf), "kind": ("k9", None)},
+    InLoss: {"beta": (-1, math.inf), "kind": ("k9", None), "corrected": ("no", 1)},
     Aggregation: {"how": ("x", None), "max_len": (0, -3, 2.5, math.inf)},
 }
 IMPOSSIBLE = [
@@ -320,6 +449,13 @@ def test_the_words_of_every_choice():
         "0.1 times the log-ratio off the reward of every token",
         "2 times k1 in the loss",
     }
+    assert [Group(scale).words for scale in ("group", "batch", "advantage", "none")] == [
+        "reward minus the group's mean over its deviation",
+        "reward minus the group's mean over the batch's deviation",
+        "reward minus the group's mean, over the deviation of all of these",
+        "reward minus the group's mean",
+    ]
+    assert Group("none", True).words == "reward minus the group's mean, informative groups only"
     assert [x.words for x in (Returns(), LeaveOneOut(), OneStep(), NoReference())] == [
         "the return to come", "reward minus the mean of the others", "none, one step", "none"
     ]
@@ -332,6 +468,11 @@ def test_equal_words_for_different_choices_are_spelled_out():
     changed = replace(PRESETS["ppo"], advantage=Critic(0.99, normalize=False))
     text = difference(PRESETS["ppo"], changed)
     assert "normalize=True" in text and "normalize=False" in text
+    changed = replace(PRESETS["grpo"], kl=InLoss(corrected=True))
+    assert difference(PRESETS["grpo"], changed) == (
+        "kl: InLoss(beta=0.04, kind='k3', corrected=False) → "
+        "InLoss(beta=0.04, kind='k3', corrected=True)"
+    )
     between = difference(PRESETS["ppo"], PRESETS["rlhf-ppo"])
     assert between.startswith("advantage: GAE of a critic, γ = 0.99, λ = 0.95 → GAE")
     for a in PRESETS.values():

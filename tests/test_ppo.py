@@ -297,7 +297,7 @@ def test_a_full_mask_changes_nothing_and_an_empty_one_gives_zero():
     nothing = torch.zeros(30, dtype=torch.bool)
     loss, metrics, gradients = loss_and_gradients(x, mask=nothing)
     assert loss == 0 and all(g.eq(0).all() for g in gradients)
-    assert all(m.isfinite() for m in metrics.values())
+    assert len(metrics) == 5 and all(m.isnan() for m in metrics.values())
 
 
 def test_order_and_shape_of_the_batch_do_not_matter():
@@ -372,6 +372,39 @@ def test_one_extreme_ratio_does_not_touch_the_others(dtype, log_ratio, A):
 def test_an_action_that_was_impossible_for_the_old_policy():
     logp, old = torch.zeros(1), torch.full((1,), -torch.inf)
     close(ratio(logp, old), torch.full((1,), math.e**MAX_LOG_RATIO), 1e2)
+
+
+HALVES = {torch.float16: math.log(65504) / 2, torch.bfloat16: MAX_LOG_RATIO}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("A", [-250.0, -1.0, 0.0, 1.0, 250.0])
+def test_in_half_precision_value_and_gradient_are_finite(dtype, A):
+    far = [0.0, 0.1, 3.0, 5.0, 6.0, 12.0, 21.0, 100.0, 6e4, math.inf]
+    log_ratios = torch.tensor(far, dtype=dtype)
+    for x in log_ratios, -log_ratios[:-1]:
+        zero, advantages = torch.zeros_like(x), torch.full_like(x, A)
+        for function in (
+            ratio, approx_kl, lambda *pair: clipped_surrogate(*pair, advantages),
+            lambda *pair: clipped_surrogate(*pair, advantages, dual_clip=3.0),
+            lambda *pair: kl_penalty(*pair, advantages, 0.5),
+        ):
+            for old in zero, -x:  # the difference may be twice as far
+                logp = (zero if old is not zero else x).clone().requires_grad_()
+                value = function(logp, old)
+                assert value.dtype == dtype and value.isfinite().all()
+                assert gradient(value, logp).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_in_half_precision_the_cut_is_where_the_type_says(dtype):
+    cut = torch.tensor(HALVES[dtype], dtype=dtype)
+    logp = torch.tensor([-20.0, -4.0, 0.5, 4.0, 30.0], dtype=dtype, requires_grad=True)
+    want = logp.detach().clamp(-cut, cut).exp()
+    got = ratio(logp, torch.zeros_like(logp))
+    torch.testing.assert_close(got, want, rtol=4e-3, atol=0)
+    assert gradient(got, logp).ne(0).tolist() == [dtype == torch.bfloat16, True, True, True, False]
+    assert (got.max() * 255).isfinite()
 
 
 def test_ratio_is_exact_up_to_its_bound():
@@ -452,15 +485,26 @@ def test_explained_variance_far_from_zero_in_float32():
 
 @pytest.mark.parametrize("V", [0.0, 5.0])
 def test_explained_variance_of_equal_returns_is_finite(V):
-    assert explained_variance(torch.full((4,), V), torch.ones(4)).isfinite()
-    assert explained_variance(torch.tensor([V]), torch.ones(1)).isfinite()
+    assert explained_variance(torch.full((4,), V), torch.ones(4)) == 1
+    assert explained_variance(torch.tensor([V]), torch.ones(1)) == 1
+    values = torch.tensor([V, V + 2])  # of variance 1, which counts as 1e8 times too much
+    assert explained_variance(values, torch.ones(2)).item() == pytest.approx(1 - 1e8)
 
 
 def test_masked_mean():
     x = torch.tensor([1.0, torch.nan, 3.0])
     assert masked_mean(x, torch.tensor([True, False, True])) == 2
-    assert masked_mean(x, torch.zeros(3, dtype=torch.bool)) == 0
+    nothing = torch.zeros(3, dtype=torch.bool)
+    assert masked_mean(x, nothing) == 0 and masked_mean(x, nothing, math.nan).isnan()
+    assert masked_mean(x, ~x.isnan(), math.nan) == 2
     assert masked_mean(x).isnan()
+
+
+def test_the_mean_of_nothing_has_no_gradient():
+    x = torch.tensor([1.0, torch.nan], requires_grad=True)
+    for empty in 0.0, math.nan:
+        mean = masked_mean(x, torch.zeros(2, dtype=torch.bool), empty)
+        assert gradient(mean, x).eq(0).all()
 
 
 # Bad input

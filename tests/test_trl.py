@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from po_book.grpo import aggregate, group_advantages, grpo_loss
-from po_book.kl import kl_estimate
+from po_book.grpo import group_advantages, grpo_loss
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.ppo import ratio
 from po_book.reward_models import RewardModel, classifier_reward, judge
@@ -175,16 +174,12 @@ def test_loss_and_gradient_are_trls(trainer, batch, loss_type, beta):
 
 
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
-def test_trls_default_penalty_is_ours_times_the_ratio(trainer, batch, loss_type):
+def test_trls_default_penalty_is_ours_corrected(trainer, batch, loss_type):
     theirs = trl_loss(trainer, batch, loss_type, 0.3, weighted_kl=True)
     how = AGGREGATIONS[loss_type]
-    ref, mask = batch.pop("logp_ref"), batch["mask"]
     logp = batch.pop("logp").requires_grad_()
-    loss, _ = grpo_loss(
-        logp, **batch, clip_high=0.3, aggregate=how[0], max_len=how[1]
-    )
-    penalty = ratio(logp, batch["logp_old"]) * kl_estimate(logp, ref, "k3")
-    loss = loss + 0.3 * aggregate(penalty, mask, *how)
+    settings = dict(clip_high=0.3, aggregate=how[0], max_len=how[1])
+    loss, _ = grpo_loss(logp, **batch, beta=0.3, corrected=True, **settings)
     (gradient,) = torch.autograd.grad(loss, logp)
     close(loss.detach(), theirs[0])
     close(gradient, theirs[1])
