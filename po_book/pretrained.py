@@ -130,7 +130,7 @@ def float32_masters(
     fraction.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
-    require(learning, "model", "a model with parameters that require a gradient", "none")
+    require(learning, "model", "one with parameters that require a gradient", "none")
     if is_peft(model) or getattr(model, "is_quantized", False):
         for p in learning:
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))

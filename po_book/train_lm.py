@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from .checkpoint import check_asked, lock_folder, write_asked, write_table
 from .lm_batch import Answers, all_or_none, collect, for_all, grade
 from po_book.lm_learner import (
-    LMConfig, LMLearner, default_lm_config, find_objective, fit_objective, new_lm_learner,
-    restore_learner, save_learner, save_lm,
+    LMConfig, LMLearner, default_lm_config, find_objective, fit_objective,
+    new_lm_learner, restore_learner, save_learner, save_lm,
 )
 from .lm_step import gradient_step, learnable
 from .objective import Objective
@@ -105,8 +105,14 @@ def _improve(
             some = part.flatten().to(batch["ids"].device)
             minibatch = batch if whole else {k: x[some] for k, x in batch.items()}
             history.append(gradient_step(run.objective, config, minibatch, *trained))
-    every = {name: [m[name] for m in history if name in m] for m in history for name in m}
-    return {name: torch.stack(xs).mean().item() for name, xs in every.items()}
+    return _means([{k: x.item() for k, x in metrics.items()} for metrics in history])
+
+# %% ../nbs/49_small_lm.ipynb #eb135fed
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    "The mean of every number over the rows that have it."
+    every = {name: [row[name] for row in rows if name in row]
+             for row in rows for name in row}
+    return {name: sum(xs) / len(xs) for name, xs in every.items()}
 
 # %% ../nbs/49_small_lm.ipynb #729b6ed6
 def _set_lr(learner: LMLearner, config: LMConfig, step: int) -> None:
@@ -149,9 +155,7 @@ def _of_all(accelerator: Accelerator, row: dict[str, float]) -> dict[str, float]
     "The mean of every number over the processes that have it; speeds add up."
     if accelerator.num_processes == 1:
         return row
-    rows = gather_object([row])
-    every = {name: [r[name] for r in rows if name in r] for r in rows for name in r}
-    means = {name: sum(xs) / len(xs) for name, xs in every.items()}
+    means = _means(gather_object([row]))
     speed = means["tokens_per_second"] * accelerator.num_processes
     return means | {"step": row["step"], "tokens_per_second": speed}
 

@@ -116,5 +116,6 @@ def exceeds(
     nearest = (a - b).argmin()
     shown = f"`{a.flat[nearest]:.4g}`", f"`{b.flat[nearest]:.4g}`"
     if not (a > b).all():
-        raise AssertionError(f"does not exceed: {claim} · {' is not above '.join(shown)}")
+        found = " is not above ".join(shown)
+        raise AssertionError(f"does not exceed: {claim} · {found}")
     _show("holds", claim, " is above ".join(shown), source)

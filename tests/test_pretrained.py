@@ -100,7 +100,7 @@ def test_of_a_model_with_adapters_only_they_become_masters():
 
 def test_a_model_in_which_nothing_learns_is_refused():
     frozen = tiny_lm(char_tokenizer(), **SMALL).requires_grad_(False)
-    with pytest.raises(ValueError, match="model must be a model with parameters that require"):
+    with pytest.raises(ValueError, match="model must be one with parameters that require"):
         float32_masters(frozen)
 
 
