@@ -64,7 +64,7 @@ def _grow(
     running = torch.arange(len(branch), device=real.device)
     stop_ids, tails = _stop_ids(model, tokenizer), branch.new_empty(len(branch), 0)
     for left in reversed(range(max_new_tokens)):
-        logits = next_logits(model, hidden)[:, : len(tokenizer)]
+        logits = next_logits(model, hidden, len(tokenizer))
         logp = log_distribution(logits, *settings)
         tokens = draw_categorical(logp[branch], generator)
         tails = _longer(tails, tokens, stop)
@@ -207,15 +207,14 @@ def _check_request(
     check_whole(group_size=group_size, max_new_tokens=max_new_tokens, at_once=at_once)
     check_at_least(1, group_size=group_size, max_new_tokens=max_new_tokens)
     check_at_least(0, at_once=at_once)
-    texts = isinstance(stop, list | tuple)
-    texts = texts and all(isinstance(text, str) and text for text in stop)
-    require(texts, "stop", "a list of texts that are not empty", repr(stop))
+    fits = isinstance(stop, list | tuple)
+    fits = fits and all(isinstance(text, str) and text for text in stop)
+    require(fits, "stop", "a list of texts that are not empty", repr(stop))
     if generator is not None:
-        right = isinstance(generator, torch.Generator)
-        require(right, "generator", "a torch.Generator", describe(generator))
-        where = f"{generator.device}, the model on {model.device}"
-        if generator.device.type != model.device.type:
-            raise ValueError(f"generator is on {where}")
+        fits = isinstance(generator, torch.Generator)
+        require(fits, "generator", "a torch.Generator", describe(generator))
+        same = generator.device.type == model.device.type
+        require(same, "generator", f"on {model.device.type}", generator.device)
 
 
 @contextmanager

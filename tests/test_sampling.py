@@ -19,7 +19,7 @@ from po_book.sampling import branch_out, join, sample
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.6}, {"top_k": 3, "top_p": 0.9}], ids=str
+    "settings", [{}, {"temperature": 0.6, "min_p": 0.1}, {"top_k": 3, "top_p": 0.9}], ids=str
 )
 def test_sampler_and_learner_agree_for_every_kind_of_model(saved, settings):
     model, tokenizer = load_lm(saved)
@@ -240,7 +240,8 @@ def test_a_stop_text_may_be_parts_of_letters():
     model = tiny_lm(tokenizer, **SMALL)
     with torch.no_grad():
         only(model, [1, *letter, *tokenizer("a ").input_ids]).lm_head.bias[1] = -3.0
-    check_stops(model, tokenizer, ["a"], ["é a"])
+    for stop in "é a", "éé":
+        check_stops(model, tokenizer, ["a"], [stop])
 
 
 def test_a_stop_text_may_begin_with_a_space():
@@ -317,14 +318,13 @@ def test_some_prompts_at_a_time_are_calls_one_after_the_other(llama, tokenizer, 
     assert torch.equal(whole, all_at_once)
 
 
-def test_no_more_prompts_are_held_than_asked_for(llama, tokenizer):
-    read = []
-    embed = llama.get_input_embeddings()
-    hook = embed.register_forward_hook(lambda *x: read.append(x[1][0].shape))
-    sample(llama, tokenizer, PROMPTS * 2, 4, 5, generator=generator(), at_once=2)
-    hook.remove()
+def test_no_more_prompts_are_held_than_asked_for(tokenizer):
+    model, read = only(tiny_lm(tokenizer, **SMALL), list(range(2, 18))), []
+    model.get_input_embeddings().register_forward_hook(lambda *x: read.append(x[1][0].shape))
+    sample(model, tokenizer, PROMPTS * 2, 4, 5, generator=generator(), at_once=2)
     assert max(rows for rows, _ in read) <= 8
     assert [shape for shape in read if shape[1] > 1] == [(2, 6), (2, 8), (2, 8)]
+    assert len(read) == 3 * 5  # the last token predicts nothing, so it is not read
 
 
 def test_tokens_that_the_tokenizer_does_not_have_are_never_drawn(tokenizer):
@@ -337,6 +337,8 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_drawn(tokenizer):
     drawn = sample(model, tokenizer, PROMPTS, 50, 12, generator=generator())
     ids = drawn.ids[drawn.mask]
     assert set(ids.tolist()) == set(range(18))
+    logp = scored(model, drawn, vocabulary=18)
+    torch.testing.assert_close(logp, drawn.logps, atol=1e-5, rtol=0)
     letters = [sum(token > 1 for token in row) for row in completions(drawn)]
     assert list(map(len, drawn.texts(tokenizer))) == letters
     first = int(drawn.mask.any(0).int().argmax())
@@ -401,6 +403,21 @@ def test_gradient_checkpointing_and_dropout_leave_samples_alone(kind, tokenizer)
         drawn = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
         assert torch.equal(plain.ids, drawn.ids)
         torch.testing.assert_close(plain.logps, drawn.logps)
+
+
+def test_dropout_of_an_adapter_is_off_while_it_is_sampled(tokenizer):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_lm(tokenizer, **SMALL), lora).eval()
+    plain = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+    with model.disable_adapter():
+        without = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+    assert not torch.equal(plain.logps, without.logps)
+    modes = [part.training for part in model.train().modules()]
+    drawn = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+    assert torch.equal(plain.ids, drawn.ids) and torch.equal(plain.logps, drawn.logps)
+    assert [part.training for part in model.modules()] == modes
 
 
 def test_messages_are_asked_as_their_template_says(llama):
