@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .checks import check_at_least, check_whole, require
+from .language_model import Prompt
 from .tasks import Task, is_held_out, spawn
 
 # %% ../nbs/42a_data.ipynb #c58f55c6
@@ -192,7 +193,7 @@ class _Problem:
     "A row that can be asked and answered."
 
     place: str  # where it stands
-    prompt: str | list[dict]
+    prompt: Prompt
     columns: dict[str, Any]  # all but the prompt
     answer: str | None  # as it stands in the row
 
@@ -218,7 +219,7 @@ def _problem(place: str, row: dict, prompt: str, answer: str | None) -> _Problem
     return _Problem(place, asked, row, right)
 
 # %% ../nbs/42a_data.ipynb #4807086d
-def _key(prompt: str | list[dict]) -> str:
+def _key(prompt: Prompt) -> str:
     "What a problem is found by."
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
@@ -330,12 +331,12 @@ class Problems(Task):
     def __repr__(self) -> str:
         return self._name
 
-    def _of(self, prompt: str | list[dict]) -> _Problem:
+    def _of(self, prompt: Prompt) -> _Problem:
         problem = self._known.get(_key(prompt))
         require(problem is not None, "prompt", f"one of {self}", repr(prompt))
         return problem
 
-    def _nth(self, place: int, seed: int, held_out: bool = False) -> str | list[dict]:
+    def _nth(self, place: int, seed: int, held_out: bool = False) -> Prompt:
         part = self.held_out if held_out else self.training
         if not part:
             kind = "held-out" if held_out else "training"
@@ -345,27 +346,27 @@ class Problems(Task):
 
     def prompts(
         self, n: int, seed: int = 0, held_out: bool = False
-    ) -> list[str] | list[list[dict]]:
+    ) -> list[Prompt]:
         "`n` problems of a part; all of them come before one comes again."
         check_whole(n=n, seed=seed)
         check_at_least(0, n=n)
         return [self._nth(i, seed, held_out) for i in range(n)]
 
-    def at(self, place: int, seed: int) -> str | list[dict]:
+    def at(self, place: int, seed: int) -> Prompt:
         return self._nth(place, seed)
 
-    def solution(self, prompt: str | list[dict]) -> str:
+    def solution(self, prompt: Prompt) -> str:
         "The answer, as it stands in the data."
         answer = self._of(prompt).answer
         require(answer is not None, "answer", f"a column of {self} for this", "None")
         return answer
 
-    def columns(self, prompts: list) -> dict[str, list]:
+    def columns(self, prompts: list[Prompt]) -> dict[str, list]:
         "All columns but the prompt, as they stand in the data."
         rows = [self._of(prompt).columns for prompt in prompts]
         return {name: [row[name] for row in rows] for name in (rows or [{}])[0]}
 
-    def verify(self, prompt: str | list[dict], completion: str) -> bool:
+    def verify(self, prompt: Prompt, completion: str) -> bool:
         "Whether the answer in a response is that of the data."
         self.solution(prompt)  # there is one
         said = self.extract(completion) if self.extract else completion

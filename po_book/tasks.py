@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from po_book.checks import (
     check_at_least, check_bool, check_in, check_shape, check_whole, require
 )
-from .language_model import Sequences, encode, pack, token_logprobs
+from .language_model import Prompt, Sequences, encode, pack, token_logprobs
 from .pretrained import check_fit, pad_token_id
 from .sampling import sample
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/42_tasks.ipynb #6fbe27c3
 def is_held_out(
-    prompt: str | list[dict],  # a text, or messages
+    prompt: Prompt,  # a text, or messages
 ) -> bool:
     "True for one problem in eight, the same for all orders of its characters."
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
@@ -49,23 +49,23 @@ class Task(ABC):
 
     remedy = "make it harder"  # where there are too few problems
 
-    def draw(self, rng: random.Random) -> str:
+    def draw(self, rng: random.Random) -> Prompt:
         "One prompt. A task that has none to draw gives `prompts` and `at` instead."
         raise NotImplementedError
 
     @abstractmethod
-    def solution(self, prompt: str) -> str:
+    def solution(self, prompt: Prompt) -> str:
         "A right response, with its reasoning."
 
     @abstractmethod
-    def verify(self, prompt: str, completion: str) -> bool:
+    def verify(self, prompt: Prompt, completion: str) -> bool:
         "Whether the response answers the prompt."
 
-    def columns(self, prompts: list[str]) -> dict[str, list]:
+    def columns(self, prompts: list[Prompt]) -> dict[str, list]:
         "What a reward may want to know besides, one entry a prompt."
         return {}
 
-    def prompts(self, n: int, seed: int = 0, held_out: bool = False) -> list[str]:
+    def prompts(self, n: int, seed: int = 0, held_out: bool = False) -> list[Prompt]:
         """`n` problems, all from the part for training or all from the other.
 
         Raises: `ValueError` if `n` is negative or not whole, or the task has too few
@@ -83,14 +83,14 @@ class Task(ABC):
         part = "held-out" if held_out else "training"
         raise ValueError(f"{self} has too few {part} problems: {self.remedy}")
 
-    def at(self, place: int, seed: int) -> str:
+    def at(self, place: int, seed: int) -> Prompt:
         "The problem for training at this place, from 0, of the stream of this seed."
         word = spawn(seed, place).generate_state(1, np.uint64)[0]
         return self.prompts(1, int(word))[0]
 
     def take(
         self, n: int, start: int, seed: int = 0, rank: int = 0, world: int = 1
-    ) -> list[str]:
+    ) -> list[Prompt]:
         """The next `n` problems for process `rank` of `world`, which has had `start`.
 
         Raises: `ValueError` if a number is not whole or out of range.
@@ -243,7 +243,7 @@ def minimise(
 def sft(
     model: "PreTrainedModel",  # changed in place
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: list[str] | list[list[dict]],  # texts, or lists of messages
+    prompts: list[Prompt],  # texts, or lists of messages
     completions: list[str],    # what to answer; the end token is added
     steps: int,                # gradient steps
     batch_size: int = 64,
@@ -300,7 +300,7 @@ def verdicts(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     task: Task,
-    prompts: list[str] | list[list[dict]],  # texts, or lists of messages
+    prompts: list[Prompt],  # texts, or lists of messages
     samples: int = 1,         # completions $k$ of each prompt
     max_new_tokens: int = 32,
     generator: torch.Generator | None = None,
@@ -313,18 +313,12 @@ def verdicts(
     as `sample` does.
     """
     require(len(prompts) > 0, "prompts", "at least one", "none")
-    check_whole(samples=samples, max_new_tokens=max_new_tokens, at_once=at_once)
-    check_at_least(1, samples=samples, max_new_tokens=max_new_tokens)
-    check_at_least(0, at_once=at_once)
-    settings = samples, max_new_tokens
-    size, texts = at_once or len(prompts), []
-    for first in range(0, len(prompts), size):
-        part = prompts[first : first + size]
-        drawn = sample(
-            model, tokenizer, part, *settings, generator=generator, **sampling
-        )
-        texts += drawn.texts(tokenizer)
+    check_whole(samples=samples)
+    check_at_least(1, samples=samples)
+    sampling |= {"generator": generator, "at_once": at_once}
+    drawn = sample(model, tokenizer, prompts, samples, max_new_tokens, **sampling)
     asked = [prompt for prompt in prompts for _ in range(samples)]
+    texts = drawn.texts(tokenizer)
     right = [bool(task.verify(prompt, text)) for prompt, text in zip(asked, texts)]
     return torch.tensor(right).view(-1, samples)
 
@@ -333,7 +327,7 @@ def success_rate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     task: Task,
-    prompts: list[str] | list[list[dict]],  # texts, or lists of messages
+    prompts: list[Prompt],  # texts, or lists of messages
     max_new_tokens: int = 32,
     generator: torch.Generator | None = None,
     samples: int = 1,  # completions $k$ of each prompt

@@ -6,7 +6,7 @@ import torch
 from tiny_models import PROMPTS, SMALL, generator
 
 from po_book import tasks
-from po_book.language_model import tiny_lm
+from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.sampling import sample
 from po_book.tasks import (
     ChainAddition,
@@ -418,16 +418,34 @@ def test_verdicts_are_a_row_a_problem(tokenizer):
 
 
 def test_sampling_is_as_in_the_run(tokenizer, monkeypatch):
-    "Settings reach the sampler, a part of the prompts at a time."
+    "Settings reach the sampler; in parts, the most likely tokens are the same."
     asked = []
 
-    def watched(model, tokenizer, prompts, *settings, **more):
-        asked.append((prompts, settings, {k: x for k, x in more.items() if k != "generator"}))
-        return sample(model, tokenizer, prompts, *settings, **more)
+    def watched(*what, **more):
+        asked.append((what[2:], {k: x for k, x in more.items() if k != "generator"}))
+        return sample(*what, **more)
 
     monkeypatch.setattr(tasks, "sample", watched)
-    model, how = tiny_lm(tokenizer, **SMALL), dict(temperature=0.5, top_k=1, top_p=0.9)
-    rates = [success_rate(model, tokenizer, ChainAddition(), PROMPTS, 6, samples=2, at_once=n, **how) for n in (0, 2)]
-    assert rates[0] == rates[1]  # the most likely tokens need no luck
-    assert [x[0] for x in asked] == [PROMPTS, PROMPTS[:2], PROMPTS[2:]]
-    assert all(x[1:] == ((2, 6), how) for x in asked)
+    how = dict(temperature=0.5, top_k=1, top_p=0.9, min_p=0.1, stop=["+"])
+    model, again = tiny_lm(tokenizer, **SMALL), dict(samples=2, **how)
+    rates = [success_rate(model, tokenizer, ChainAddition(), PROMPTS, 6, at_once=n, **again) for n in (0, 2)]
+    assert rates[0] == rates[1]
+    assert asked == [((PROMPTS, 2, 6), how | {"at_once": n}) for n in (0, 2)]
+
+
+def test_messages_are_asked_and_taught_as_their_template_writes_them(tokenizer):
+    speaks = char_tokenizer()
+    speaks.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+
+    class Same(Chat):
+        def verify(self, prompt, completion):
+            return completion[:1] in "0123" and prompt in (*chats, *PROMPTS)
+
+    found = []
+    for prompts in PROMPTS, chats:
+        model = tiny_lm(tokenizer, **SMALL)
+        losses = sft(model, speaks, prompts, ["16", "9", "4"], 3, 2, generator=generator())
+        right = verdicts(model, speaks, Same(), prompts, 4, 3, generator(), at_once=2)
+        found.append((losses, right.tolist()))
+    assert found[0] == found[1]
