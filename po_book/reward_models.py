@@ -407,22 +407,24 @@ def _shown(prompt: Any) -> str:
     return "\n".join(f"{m['role']}: {completion_text([m])}" for m in prompt)
 
 # %% ../nbs/43a_reward_models.ipynb #f2f7a096
-_NUMBER = r"(-?(?:\d+(?:[.,]\d+)?|\.\d+))(?![\d.,]*\s*%)"
-_NUMBER = rf"(?<![A-Za-z0-9.]){_NUMBER}"
-_OTHER = _NUMBER.replace("(-?", "(?:-?")  # a number that is not kept
+_NUMBER = r"(?<![A-Za-z0-9.])-?(?:\d+(?:[.,]\d+)?|\.\d+)(?![\d.,]*\s*%)"
+_NAMES = "(?:score|mark|rating|grade)"
 
 
 def _mark(answer: str, top: float) -> float | None:
     "The mark that `answer` gives as a share of `top`, if it gives one."
+    text = answer.rpartition("</think>")[2].partition("<think>")[0]
     best = rf"{re.escape(f'{top:g}')}(?:\.0+)?(?![\d.,]*\d)"
-    number, out_of = _NUMBER, r"[\s*]*(?:/|out\s+of)[\s*]*"
-    text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
-    span = rf"{_OTHER}\s*(?:[-–—]|to)\s*{_OTHER}|scale of\s*{_OTHER}"
-    text = re.sub(span, " ", text, flags=re.IGNORECASE)
-    text = re.sub(rf"{_OTHER}(?:{out_of}|\s+of\s+)(?!{best}){_OTHER}", " ", text)
+    number, out_of = f"({_NUMBER})", r"[\s*]*(?:/|out\s+of)[\s*]*"
+    for no_mark in (
+        rf"{_NUMBER}\s*(?:[-–—]|to)\s*{_NUMBER}|scale of\s*{_NUMBER}",
+        rf"{_NUMBER}(?:{out_of}|\s+of\s+)(?!{best}){_NUMBER}",
+    ):
+        text = re.sub(no_mark, " ", text, flags=re.IGNORECASE)
+    tag = rf"(?:<\w*(?:{_NAMES}|answer)>|\[\[|\\boxed\{{)"
     patterns = (
-        rf"(?:<\w+>|\[\[|\\boxed\{{)\s*{number}(?:{out_of}{best})?\s*(?:</|\]\]|\}})",
-        rf"\b(?:score|mark|rating|grade)\b(?:\W*?[:=]|\s+is\b)\W*?{number}",
+        rf"{tag}\s*{number}(?:{out_of}{best})?\s*(?:</|\]\]|\}})",
+        rf"\b{_NAMES}\b(?:\W*?[:=]|\s+is\b)\W*?{number}",
         rf"{number}{out_of}{best}",
         rf"{number}(?:\s+of\s+{best})?",
     )

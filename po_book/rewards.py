@@ -103,16 +103,13 @@ def _arguments(reward: Reward, data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in data.items() if name in taken}
 
 # %% ../nbs/43_rewards.ipynb #efb8d271
-_BLAMED = "reward function"
-
-
 def _call(reward: Reward, given: Mapping[str, Any], data: Mapping[str, Any]) -> Any:
     try:
         return reward(**given)
     except Exception as error:
-        # A part of a sum has been blamed already, and is not tried again.
-        if not any(_BLAMED in note for note in getattr(error, "__notes__", [])):
-            error.add_note(f"{_BLAMED} {_blame(reward, given, data, type(error))}")
+        # A sum has named the part and the row already, and asks nobody again.
+        if not hasattr(reward, "parts"):
+            error.add_note(_blame(reward, given, data, type(error)))
         raise
 
 
@@ -136,10 +133,10 @@ def _blame(
         try:
             reward(**{name: x[i : i + 1] for name, x in columns.items()}, **others)
         except kind:
-            return f"{_name(reward)} failed on {_row(data, i)}"
+            return f"reward function {_name(reward)} failed on {_row(data, i)}"
         except Exception:
             continue
-    return f"{_name(reward)} failed on the batch, on no row alone"
+    return f"reward function {_name(reward)} failed on the batch, on no row alone"
 
 
 def _ignore(name: str, value: Any) -> None: ...
@@ -150,7 +147,7 @@ def _numbers(
 ) -> list[float | None]:
     "What `reward` returned, as floats."
     wanted, rows = f"{_name(reward)} must return", len(data["prompts"])
-    values = _listed(values, f"{wanted} a list of numbers, got {values!r}")
+    values = _listed(wanted, values)
     if len(values) != rows:
         raise ValueError(f"{wanted} {rows} rewards, one a row, got {len(values)}")
     numbers = [None if x is None else _float(x) for x in values]
@@ -163,14 +160,14 @@ def _numbers(
     return numbers
 
 
-def _listed(values: Any, refusal: str) -> list[Any]:
+def _listed(wanted: str, values: Any) -> list[Any]:
     "The values in order; a tensor's are fetched at once, from wherever it is."
     try:
         if isinstance(values, (str, bytes, Mapping, Set)):
             raise TypeError("a text, or something without an order")
         return [*(values.cpu() if torch.is_tensor(values) else values)]
     except TypeError as error:
-        raise ValueError(refusal) from error
+        raise ValueError(f"{wanted} a list of numbers, got {values!r}") from error
 
 
 def _float(x: Any) -> float | None:
@@ -218,7 +215,7 @@ async def _together(calls: list[tuple[Reward, dict[str, Any]]]) -> list[Any]:
     said = await asyncio.gather(*waits, return_exceptions=True)
     for (reward, _), answer in zip(calls, said):
         if isinstance(answer, BaseException):
-            answer.add_note(f"{_BLAMED} {_name(reward)} failed on the batch")
+            answer.add_note(f"reward function {_name(reward)} failed on the batch")
             raise answer
     return said
 
@@ -238,7 +235,7 @@ def completion_text(
 
 # %% ../nbs/43_rewards.ipynb #a38252fd
 def verifier(
-    verify: Callable[[Any, str], bool],  # prompt and completion, as text, to a verdict
+    verify: Callable[[Any, str], bool],  # prompt and text of the completion to verdict
 ) -> Reward:
     "Reward 1 where `verify` is true, else 0."
 
@@ -263,13 +260,21 @@ class RewardLog:
         self.told: dict[str, list[float]] = {}  # of each metric, a value a call
         self.extras: dict[str, list] = {}  # columns, one entry a completion
 
-    def log_metric(self, name: str, value: float) -> None:
+    def log_metric(
+        self,
+        name: str,
+        value: float,  # of any kind that a reward may be; NaN is left out of means
+    ) -> None:
         "Keep a number. Raises: `ValueError` if it is none."
         number = _float(value)
         require(number is not None, name, "a number", repr(value))
         self.told.setdefault(name, []).append(number)
 
-    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+    def log_extra(
+        self,
+        column: str,
+        values: Iterable[Any],  # one a completion
+    ) -> None:
         """Keep a column, under another name if there is one of this name already.
 
         Raises: `ValueError` if it does not have one entry a completion.
@@ -331,8 +336,8 @@ def weighted_sum(
     def total(prompts, completions, **columns) -> list[float]:
         data = {"prompts": prompts, "completions": completions, **columns}
         parts = _ask(rewards, data)
-        if "log_metric" in columns:
-            _tell_parts(columns["log_metric"], rewards, weights, parts)
+        if log_metric := columns.get("log_metric"):
+            _tell_parts(log_metric, rewards, weights, parts)
         sums = []
         for i, row in enumerate(zip(*parts)):
             terms = [w * x for w, x in zip(weights, row) if x is not None]
@@ -342,6 +347,7 @@ def weighted_sum(
         return sums
 
     total.__name__ = " + ".join(f"{w:g} {_name(r)}" for w, r in zip(weights, rewards))
+    total.parts = tuple(rewards)
     return total
 
 # %% ../nbs/43_rewards.ipynb #9174a255

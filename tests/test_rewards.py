@@ -383,6 +383,18 @@ def test_what_a_coroutine_function_raises_passes_with_its_name_and_without_a_sec
     assert tries == [["a", "b"]] and ended == [1]
 
 
+def test_a_sum_asks_nobody_again_for_a_row_that_it_refuses():
+    asked = []
+
+    async def service(prompts, completions, **columns):
+        asked.append(completions)
+        return [1.0, None]
+
+    with pytest.raises(ValueError, match="no reward has anything to say about row 1") as caught:
+        compute_rewards(weighted_sum([service]), ["p", "q"], ["a", "b"])
+    assert asked == [["a", "b"]] and not hasattr(caught.value, "__notes__")
+
+
 def test_what_a_coroutine_function_returns_is_checked():
     async def short(prompts, completions, **columns):
         return [1.0]
