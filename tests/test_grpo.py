@@ -422,6 +422,9 @@ def test_clip_fraction_and_approx_kl_are_means_over_tokens(batch):
     assert 0 < metrics["clip_fraction"] < 1
     close(metrics["clip_fraction"], ((rho < 0.8) | (rho > 1.2)).double().mean())
     close(metrics["approx_kl"], (rho - 1 - log_ratio).mean())
+    *_, metrics = loss_and_gradient(batch, clip_low=0.1, clip_high=0.5)
+    close(metrics["clip_fraction"], ((rho < 0.9) | (rho > 1.5)).double().mean())
+    assert ((rho > 1.2) & (rho < 1.5)).any() and ((rho > 0.8) & (rho < 0.9)).any()
 
 
 def test_a_reference_without_beta_is_watched_and_pulls_nothing(batch):

@@ -287,6 +287,22 @@ def test_advantages_are_those_of_the_chapters(data):
     torch.testing.assert_close(to_come, R[:, None] * mask)
 
 
+def test_discount_normalisation_and_padding_by_hand():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rewards = torch.tensor([[0.0, 1, 4], [2, 0, 0]]).double()
+    values = torch.tensor([[1.0, 2, 1], [1, 7, 7]]).double()  # what is padded is not read
+    to_come, _ = Returns(0.5)(rewards, mask)
+    assert to_come.tolist() == [[1.5, 3, 4], [2, 0, 0]]
+    advantages, targets = Critic(0.5, 0.5, normalize=False)(rewards, mask, 1, values)
+    # Errors 0 + .5·2 - 1, 1 + .5·1 - 2, 4 - 1 and 2 - 1, summed with weights .25
+    assert advantages.tolist() == [[0.0625, 0.25, 3], [1, 0, 0]]
+    assert targets.tolist() == [[1.0625, 2.25, 4], [2, 0, 0]]
+    scaled, same = Critic(0.5, 0.5)(rewards, mask, 1, values)
+    assert same.equal(targets) and scaled[~mask].eq(0).all()
+    raw = torch.tensor([0.0625, 0.25, 3, 1]).double()
+    torch.testing.assert_close(scaled[mask], (raw - raw.mean()) / raw.std(correction=0))
+
+
 # Properties
 
 
