@@ -171,7 +171,8 @@ def _evaluate(run: LMRun, learner: LMLearner, step: int) -> float:
     "Success on held-out problems, the same ones every time."
     config, device = run.config, learner.generator.device
     prompts = learner.task.prompts(config.eval_prompts, seed=run.seed, held_out=True)
-    draws = torch.Generator(device).manual_seed(spawn_seed(run.seed, "evaluation", step))
+    seed = spawn_seed(run.seed, "evaluation", step)
+    draws = torch.Generator(device).manual_seed(seed)
     with learner.accelerator.autocast():
         return success_rate(
             learner.policy, learner.tokenizer, learner.task, prompts,

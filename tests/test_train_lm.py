@@ -655,6 +655,30 @@ def test_all_processes_say_what_the_main_one_was_refused(tmp_path):
         assert [p.name for p in out.iterdir()] == ["run.lock"]
 
 
+ALONE_WRONG = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import test_train_lm as t
+
+def reward(prompts, completions, **columns):
+    if os.environ["RANK"] == "1":
+        raise KeyError("no such word")
+    return [1.0] * len(prompts)
+
+try:
+    t.run("grpo", reward=reward)
+except Exception as error:
+    print(os.environ["RANK"], type(error).__name__, error, flush=True)
+"""
+
+
+def test_what_fails_in_one_process_ends_all_with_its_words(tmp_path):
+    said = launched(tmp_path / "wrong.py", ALONE_WRONG.format(tests=str(Path(__file__).parent)))
+    assert sorted(said.splitlines()) == [
+        "0 RuntimeError process 1: KeyError: 'no such word'", "1 KeyError 'no such word'"
+    ]  # fmt: skip
+
+
 SHARED = """
 import os, sys, time, torch
 from dataclasses import replace
@@ -680,8 +704,9 @@ def clip(self, parameters, longest):
 module._batch, Accelerator.clip_grad_norm_ = look, clip
 time.sleep(int(os.environ["RANK"]))  # the second comes when the first could have begun
 config = replace(t.SMALL, steps=1, micro_batch=3)
-done = t.run({name!r}, config, out={out!r} + "/run")
-kept["weights"] = t.weights(done.model)
+told = []
+done = t.run({name!r}, config, out={out!r} + "/run", report=told.append)
+kept["weights"], kept["log"], kept["told"] = t.weights(done.model), done.log, told
 torch.save(kept, {out!r} + "/" + str(kept["rank"]) + ".pt")
 """
 
@@ -699,6 +724,9 @@ def test_two_processes_take_the_step_of_one_on_both_batches(name, tmp_path):
         "checkpoint-00000001", "log.csv", "model", "run.json"
     ]  # fmt: skip
     assert not torch.equal(one["batch"]["ids"][:, :4], two["batch"]["ids"][:, :4])
+    assert one["log"] == two["log"] == one["told"] and two["told"] == []
+    both = torch.stack([one["rewards"], two["rewards"]])
+    assert one["log"][0]["reward"] == pytest.approx(both.mean().item(), abs=1e-6)
 
     def widen(x, before, length):
         return torch.nn.functional.pad(x, (before, length - x.shape[1] - before))
