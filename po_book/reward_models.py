@@ -258,7 +258,7 @@ def _logits(
     device = model.device
     logits = model(input_ids=ids.to(device), attention_mask=real.to(device)).logits
     check_shape((len(rows), 1), logits=logits)
-    return logits[:, 0].float()
+    return logits[:, 0]
 
 # %% ../nbs/43a_reward_models.ipynb #60d27b09
 def best_of_n(

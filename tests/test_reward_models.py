@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -235,6 +235,27 @@ def test_no_token_spans_prompt_and_completion():
     assert model(["1+2="], ["3"]).tolist() == pytest.approx(by_hand(model, [apart]), abs=1e-5)
 
 
+def bos_tokenizer():
+    "It begins every text with `<bos>`."
+    tokenizer = char_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    single = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = single
+    return tokenizer
+
+
+@torch.no_grad()
+def test_a_row_begins_with_one_bos_token():
+    tokenizer = bos_tokenizer()
+    model = RewardModel(tiny_lm(tokenizer, width=16, layers=1, heads=2), tokenizer)
+    model.head.weight.copy_(noise(0, *model.head.weight.shape))
+    row = tokenizer("1+2=3").input_ids + [1]
+    assert row.count(tokenizer.bos_token_id) == 1 and row[0] == tokenizer.bos_token_id
+    assert model(["1+2="], ["3"]).tolist() == pytest.approx(by_hand(model, [row]), abs=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @torch.no_grad()
 def test_head_and_scores_are_float32_whatever_the_trunk_is(dtype):
@@ -315,6 +336,14 @@ def test_a_classifiers_rewards_are_its_logits(classifier, size, side):
     want = alone(classifier, tokenizer, map(str.__add__, PROMPTS, ANSWERS))
     got = compute_rewards(classifier_reward(classifier, tokenizer, size), PROMPTS, ANSWERS)
     assert got == pytest.approx(want, abs=1e-5) and max(want) - min(want) > 0.1
+
+
+def test_a_classifier_reads_the_text_without_further_special_tokens():
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**COMMON | {"vocab_size": 19}, **SIZES))
+    want = alone(model, char_tokenizer(), ["3+8=11"])
+    got = compute_rewards(classifier_reward(model, bos_tokenizer()), ["3+8="], ["11"])
+    assert got == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("pad", [None, 5])

@@ -507,6 +507,8 @@ def test_a_sum_names_its_parts_and_the_part_that_fails():
 
     both = weighted_sum([lengths, broken], [1, 0.2])
     assert both.__name__ == "1 lengths + 0.2 broken"
+    objects = weighted_sum([partial(partial(lengths), bonus=1), Waits()])
+    assert objects.__name__ == "1 lengths + 1 Waits"
     with pytest.raises(KeyError) as caught:
         both(["p"], ["a"])
     assert "broken failed on row 0 (prompt 'p'" in caught.value.__notes__[0]
