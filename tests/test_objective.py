@@ -547,6 +547,13 @@ def test_a_length_is_filled_in_where_an_objective_divides_by_one():
             assert filled == objective
 
 
+def test_the_price_in_the_reward_is_the_one_that_was_chosen(data):
+    old, ref, mask = data["logp_old"], data["logp_ref"], data["mask"]
+    dear = replace(PRESETS["rloo"], kl=InReward(0.3))
+    want = REWARDS - 0.3 * ((old - ref) * mask).sum(1)
+    torch.testing.assert_close(dear.rewards(REWARDS, old, mask, ref).sum(1), want)
+
+
 def test_a_price_of_nothing_needs_no_reference(data):
     free = replace(PRESETS["rloo"], kl=InReward(0.0))
     paid = free.rewards(torch.ones(N), data["logp_old"], data["mask"])
