@@ -480,7 +480,6 @@ FAULTS = [
     Fault("dtype-grpo", "grpo.py", "token_weights(mask, aggregate, max_len, logp.dtype)", "token_weights(mask, aggregate, max_len)", "test_dtypes.py"),
     Fault("dtype-share", "dapo.py", "share = keep.to(advantages.dtype).mean()", "share = keep.to(torch.get_default_dtype()).mean()[None]", "test_dtypes.py"),
     Fault("dtype-average", "distributed.py", "torch.as_tensor(rows, dtype=x.dtype, device=x.device)", "torch.as_tensor(float(rows), device=x.device)", "test_dtypes.py"),
-    Fault("dtype-together", "distributed.py", "torch.where(mask, scaled, 0).to(x.dtype)", "torch.where(mask, scaled, 0)", "test_dtypes.py"),
     Fault("dtype-noise", "off_policy.py", "torch.empty_like(actions).normal_(generator=generator)", "torch.randn(actions.shape, generator=generator)", "test_dtypes.py"),
     Fault("dtype-motion", "tensor_env.py", "20 * actions.to(state.dtype) - 10", "20 * actions.to(torch.get_default_dtype()) - 10", "test_dtypes.py"),
     Fault("dtype-potential", "reward_models.py", "potentials.new_tensor([outcome])", "torch.tensor([outcome])", "test_dtypes.py"),

@@ -547,6 +547,22 @@ def test_a_length_is_filled_in_where_an_objective_divides_by_one():
             assert filled == objective
 
 
+def test_the_clip_fraction_is_that_of_the_bounds_that_were_chosen(data):
+    narrow = replace(PRESETS["ppo"], trust=Clip(0.1, 0.5))
+    rho = (data["logp"] - data["logp_old"]).detach().exp()[data["mask"]]
+    _, metrics = objective_loss(narrow, *rows(data))
+    outside = ((rho < 0.9) | (rho > 1.5)).double().mean()
+    torch.testing.assert_close(metrics["clip_fraction"], outside)
+    assert ((rho > 1.1) & (rho < 1.5)).any()
+
+
+def test_the_price_in_the_reward_is_the_one_that_was_chosen(data):
+    old, ref, mask = data["logp_old"], data["logp_ref"], data["mask"]
+    dear = replace(PRESETS["rloo"], kl=InReward(0.3))
+    want = REWARDS - 0.3 * ((old - ref) * mask).sum(1)
+    torch.testing.assert_close(dear.rewards(REWARDS, old, mask, ref).sum(1), want)
+
+
 def test_a_price_of_nothing_needs_no_reference(data):
     free = replace(PRESETS["rloo"], kl=InReward(0.0))
     paid = free.rewards(torch.ones(N), data["logp_old"], data["mask"])
