@@ -264,8 +264,10 @@ def gradient_step(
     Raises: `ValueError` as `objective_loss` does.
     """
 
+    dtype = batch["logp_old"].dtype
+
     def weigh(mask: Tensor) -> tuple[Tensor]:
-        return (objective.aggregation(mask) * accelerator.num_processes,)
+        return (objective.aggregation(mask, dtype) * accelerator.num_processes,)
 
     (weights,) = everywhere(accelerator, weigh, batch["mask"])
     batch = live_rows(objective, batch | {"weights": weights}, config.group_size)

@@ -126,8 +126,7 @@ def float32_masters(
 
     Where only adapters learn, or weights are quantised, the others stay as they are.
 
-    Raises: `ValueError` if nothing learns, or if what learns are no numbers with a
-    fraction.
+    Raises: `ValueError` if nothing learns.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     require(learning, "model", "one with parameters that require a gradient", "none")
