@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoint import check_asked, lock_folder, write_asked, write_table
+from .language_model import encode
 from .lm_batch import Answers, all_or_none, collect, for_all, grade
 from po_book.lm_learner import (
     LMConfig, LMLearner, default_lm_config, find_objective, fit_objective,
@@ -29,12 +30,12 @@ from po_book.lm_learner import (
 )
 from .lm_step import gradient_step, learnable
 from .objective import Objective
-from .pretrained import learning, pad_token_id
+from .pretrained import check_fit, learning, pad_token_id
 from .rewards import Reward
 from .rollout import spawn_seed
 from .runner import Diverged
 from .sampling import sample
-from .tasks import Task, success_rate
+from .tasks import Task, pass_at_k, verdicts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,7 +142,7 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
     row |= {"sampling": (sampled - start) / seconds} | facts | metrics
     run.examples = answers.first_group(learner.tokenizer)
     if config.eval_every and step % config.eval_every == 0:
-        row["success"] = _evaluate(run, learner, step)
+        row |= _evaluate(run, learner, step)
     run.log.append(_of_all(learner.accelerator, row))
 
 # %% ../nbs/49_small_lm.ipynb #52835967
@@ -167,18 +168,29 @@ def _reset(learner: LMLearner) -> None:
     learner.optimizer.state.clear()
 
 # %% ../nbs/49_small_lm.ipynb #badda587
-def _evaluate(run: LMRun, learner: LMLearner, step: int) -> float:
+def _evaluate(run: LMRun, learner: LMLearner, step: int) -> dict[str, float]:
     "Success on held-out problems, the same ones every time."
     config, device = run.config, learner.generator.device
     prompts = learner.task.prompts(config.eval_prompts, seed=run.seed, held_out=True)
     seed = spawn_seed(run.seed, "evaluation", step)
     draws = torch.Generator(device).manual_seed(seed)
     with learner.accelerator.autocast():
-        return success_rate(
+        right = verdicts(
             learner.policy, learner.tokenizer, learner.task, prompts,
-            config.max_new_tokens, draws, config.eval_samples, **config.law,
-            stop=config.stop, at_once=config.sample_batch,
+            config.eval_samples, config.max_new_tokens, draws, config.sample_batch,
+            **config.law, stop=config.stop,
         )
+    success, error = pass_at_k(right)
+    row, k = {"success": success, "success_error": error}, config.eval_samples
+    return row if k == 1 else row | {f"pass@{k}": pass_at_k(right, k).mean}
+
+# %% ../nbs/49_small_lm.ipynb #34e4575b
+def _check_task(run: LMRun, tokenizer: "PreTrainedTokenizerBase", task: Task) -> None:
+    "Refuse a task that could not be asked, or scored later on."
+    first = encode(tokenizer, task.take(1, 0, run.seed))
+    check_fit(run.model, first, run.config.max_new_tokens)
+    if run.config.eval_every:
+        task.prompts(run.config.eval_prompts, seed=run.seed, held_out=True)
 
 # %% ../nbs/49_small_lm.ipynb #afba1f36
 @contextmanager
@@ -285,6 +297,7 @@ def train_lm(
     if resume:
         check_asked(out, facts, _FREE)
     pad_token_id(tokenizer)
+    _check_task(run, tokenizer, task)
     what = run.objective, config, seed, device
     learner = new_lm_learner(model, tokenizer, task, reward, *what)
     main = learner.accelerator.is_main_process
