@@ -31,7 +31,7 @@ from po_book.checks import (
     require,
 )
 from .language_model import encode, hidden_states, trunk
-from .pretrained import check_fit, pad_token_id
+from .pretrained import check_fit, evaluating, pad_token_id
 from .rewards import Reward, completion_text, is_async, weighted_sum
 from .tasks import minimise
 
@@ -88,7 +88,7 @@ class RewardModel(nn.Module):
         last = torch.tensor([len(row) - 1 for row in rows])
         real = torch.arange(ids.shape[1]) <= last[:, None]
         device, learns = self.trunk.device, torch.is_grad_enabled() and not self.shared
-        with _evaluating(self.trunk), torch.set_grad_enabled(learns):
+        with evaluating(self.trunk), torch.set_grad_enabled(learns):
             hidden = hidden_states(self.trunk, ids.to(device), real.to(device))
         ends = hidden[torch.arange(len(rows)), last].to(self.head.weight)
         with torch.autocast(ends.device.type, enabled=False):
@@ -124,18 +124,6 @@ class RewardModel(nn.Module):
         parts = [slice(i, i + 256) for i in range(0, len(prompts), 256)]
         scores = (self(*(x[p] for x in (prompts, completions, ended))) for p in parts)
         return [x for part in scores for x in part.tolist()]
-
-# %% ../nbs/43a_reward_models.ipynb #3d1bea73
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    "Evaluation mode for a while; then every part has the mode that it had."
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 # %% ../nbs/43a_reward_models.ipynb #6a851a10
 def fit_reward_model(
@@ -216,7 +204,7 @@ def classifier_reward(
         require(all(rows), "prompts and completions", "texts with tokens", "none")
         check_fit(model, rows, 0)
         parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        with torch.no_grad(), _evaluating(model), _padding(model, pad):
+        with torch.no_grad(), evaluating(model), _padding(model, pad):
             return [x for part in parts for x in _logits(model, part, pad).tolist()]
 
     folder = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)

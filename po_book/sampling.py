@@ -7,7 +7,6 @@ __all__ = ['branch_out', 'Samples', 'sample', 'join']
 
 # %% ../nbs/41_sampling.ipynb #89bf32fa
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ from po_book.language_model import (
     next_logits,
     pack,
 )
-from .pretrained import check_fit, pad_token_id
+from .pretrained import check_fit, evaluating, pad_token_id
 from .policies import draw_categorical
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def sample(
     size, settings = at_once or len(rows), (temperature, top_k, top_p, min_p)
     asked = group_size, max_new_tokens, stop, generator, settings
     grow, parts = partial(_grow, model, tokenizer, *asked), []
-    with _evaluating(model):
+    with evaluating(model):
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             prompt = pack(part, [[]] * len(part), pad, model.device)
             parts.append(_collected(prompt, group_size, pad, grow(prompt)))
@@ -215,19 +214,6 @@ def _check_request(
         require(fits, "generator", "a torch.Generator", describe(generator))
         same = generator.device.type == model.device.type
         require(same, "generator", f"on {model.device.type}", generator.device)
-
-
-@contextmanager
-def _evaluating(model: "PreTrainedModel") -> Iterator[None]:
-    "Without dropout; every part of the model is left in the mode it was in."
-    training = [part for part in model.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 # %% ../nbs/41_sampling.ipynb #403f5eba
 #| code-fold: true

@@ -15,7 +15,6 @@ import statistics
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +28,7 @@ from po_book.checks import (
     check_at_least, check_bool, check_in, check_shape, check_whole, require
 )
 from .language_model import Prompt, Sequences, encode, pack, token_logprobs
-from .pretrained import check_fit, pad_token_id
+from .pretrained import check_fit, evaluating, pad_token_id
 from .sampling import sample
 
 if TYPE_CHECKING:
@@ -273,7 +272,7 @@ def sft(
 
     weights, n = model.parameters(), len(prompts)
     settings = dict(max_grad_norm=1.0, generator=generator)
-    with _evaluating(model):
+    with evaluating(model):
         return minimise(loss, weights, n, steps, batch_size, lr, **settings)
 
 # %% ../nbs/42_tasks.ipynb #72505b15
@@ -282,18 +281,6 @@ def _cut(data: Sequences, rows: Int[Tensor, "B"]) -> Sequences:
     ids, real, mask = data.ids[rows], data.attention_mask[rows], data.mask[rows]
     used = real.any(0)
     return Sequences(ids[:, used], real[:, used], mask[:, used])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    "Without dropout; every part is left in the mode it was in."
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 # %% ../nbs/42_tasks.ipynb #eb1daa07
 def verdicts(

@@ -9,7 +9,7 @@ __all__ = ['LMRun', 'train_lm']
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -172,6 +172,7 @@ def _evaluate(run: LMRun, learner: LMLearner, step: int) -> dict[str, float]:
     "Success on held-out problems, the same ones every time."
     config, device = run.config, learner.generator.device
     prompts = learner.task.prompts(config.eval_prompts, seed=run.seed, held_out=True)
+    prompts = list({str(prompt): prompt for prompt in prompts}.values())
     seed = spawn_seed(run.seed, "evaluation", step)
     draws = torch.Generator(device).manual_seed(seed)
     with learner.accelerator.autocast():
@@ -203,7 +204,8 @@ def _owned(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
 # %% ../nbs/49_small_lm.ipynb #66f0245d
 def _asked(run: LMRun, task: Task, more: dict) -> dict[str, Any]:
     "What is asked of a run, as a file holds it."
-    problems = str(task) if is_dataclass(task) else type(task).__name__
+    plain = type(task).__repr__ is object.__repr__  # an address, another one every time
+    problems = type(task).__name__ if plain else str(task)
     facts = more | {"problems": problems, "seed": run.seed}
     facts["config"] = asdict(run.config)
     facts["objective"] = {
