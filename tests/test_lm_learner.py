@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from tiny_models import MODELS, SMALL, generator, save_tiny
 from test_pretrained import adapted, dropping
 
+from po_book.data import Problems
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import (
     LMConfig, default_lm_config, make_accelerator, new_lm_learner, restore_learner, save_learner, save_lm,
@@ -19,7 +20,7 @@ from po_book.objective import PRESETS
 from po_book.pretrained import is_peft, load_lm
 from po_book.rollout import spawn_seed
 from po_book.sampling import sample
-from po_book.tasks import ChainAddition, sft
+from po_book.tasks import ChainAddition, is_held_out, sft
 from po_book.train_lm import train_lm
 
 TASK = ChainAddition(2, 3)
@@ -158,6 +159,32 @@ def test_in_bfloat16_every_ratio_begins_at_one_and_weights_stay_float32(tokenize
     run = train_lm(model, tokenizer, TASK, by_length, "grpo", replace(FEW, precision="bf16", lr=1e-6), **QUIET)
     assert model.dtype == torch.float32
     assert abs(run.log[0]["approx_kl"]) < 1e-5 and run.log[0]["clip_fraction"] == 0
+
+
+def test_where_everything_is_masked_nothing_is_learnt_and_no_mean_is_told(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(18), requires_grad=False)
+    model.lm_head.bias[tokenizer.eos_token_id] = -torch.inf  # it never ends
+    before = flat(model)
+    row = train_lm(model, tokenizer, TASK, by_length, "grpo", replace(FEW, drop_truncated=True), **QUIET).log[0]
+    assert row["truncated"] == 1 and row["grad_norm"] == 0 and torch.equal(flat(model), before)
+    assert not {"kl", "approx_kl", "clip_fraction"} & row.keys()
+
+
+def test_what_a_task_cannot_give_is_said_before_the_first_step(tokenizer):
+    rows = [{"prompt": q, "answer": "1"} for q in ("1+1=", "1+2=") if not is_held_out(q)]
+    seen = []
+    how = dict(report=seen.append, **QUIET)
+    with pytest.raises(ValueError, match="too few held-out problems: add rows"):
+        train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, Problems(rows), by_length, "grpo",
+                 replace(FEW, eval_every=2), **how)
+    chat = Problems([{"prompt": [{"role": "user", "content": "1+1="}], "answer": 2}])
+    with pytest.raises(ValueError, match="chat_template"):
+        train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, chat, by_length, "grpo", FEW, **how)
+    with pytest.raises(ValueError, match="the model's context is 32"):
+        train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, by_length, "grpo",
+                 replace(FEW, max_new_tokens=30), **how)
+    assert not seen
 
 
 # Adapters
