@@ -62,6 +62,15 @@ def test_a_file_of_two_bytes_is_loaded_as_four_and_otherwise_on_request(half, tm
     assert load_lm(tmp_path / "lm", dtype="auto")[0].dtype == half
 
 
+def test_a_loaded_model_drops_nothing_out_and_pads_on_the_left(tmp_path, tokenizer):
+    tokenizer.padding_side = "right"
+    save_lm(tmp_path / "base", tiny_lm(tokenizer, **SMALL), tokenizer)
+    save_lm(tmp_path / "adapters", adapted(base=load_lm(tmp_path / "base")[0]), tokenizer)
+    for folder in ("base", "adapters"):
+        model, its = load_lm(tmp_path / folder)
+        assert its.padding_side == "left" and not any(x.training for x in model.modules())
+
+
 def test_what_cannot_be_loaded_is_said_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="name_or_path must be a folder with a causal model.*nothing"):
         load_lm(tmp_path / "nothing")
@@ -163,7 +172,7 @@ def test_what_the_caller_has_switched_on_is_computed_anew_and_layers_run_twice(t
     for layer in model.model.layers:
         layer.gradient_checkpointing = True
     with learning(model):
-        graded(model, rows, 4)
+        graded(model, rows, 1)
     assert len(calls) == 2  # forward, and once more in the backward pass
     calls.clear()
     for layer in model.model.layers:
@@ -171,6 +180,16 @@ def test_what_the_caller_has_switched_on_is_computed_anew_and_layers_run_twice(t
     with learning(model):
         graded(model, rows, 1)
     assert len(calls) == 1
+
+
+def test_layers_that_could_be_computed_anew_but_are_not_read_a_prompt_once(tokenizer):
+    model, rows, read = tiny_lm(tokenizer, **SMALL), rows_of(tokenizer), []
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+    model.get_input_embeddings().register_forward_hook(lambda _, x, y: read.append(x[0].numel()))
+    with torch.no_grad():
+        scored(model, rows, group_size=4)
+    assert read == [6, 4 * (rows.ids.shape[1] - 7)]
 
 
 def test_sampling_inside_keeps_its_cache(tokenizer):
