@@ -241,14 +241,14 @@ def new_lm_learner(
     do, and if a model with adapters should have its reference reset.
     """
     check_adapters(model)
-    fixed = is_peft(model) and objective.kl.reference and config.reset_reference
-    require(not fixed, "reset_reference", "0 with adapters", config.reset_reference)
     accelerator = make_accelerator(device, config.precision)
     place, rank = accelerator.device, accelerator.process_index
     model = float32_masters(model).to(place)
     model.zero_grad()
     with torch.random.fork_rng(devices=[]):
         critic, reference = _networks(model, objective)
+    fixed = reference is model and config.reset_reference
+    require(not fixed, "reset_reference", "0 with adapters", config.reset_reference)
     networks = ActorCritic(model, critic)
     learning = [p for p in networks.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, config.lr, weight_decay=0.0, fused=True)

@@ -225,7 +225,13 @@ def test_ppo_with_adapters_has_a_critic_of_its_own(tokenizer):
 
 def test_a_reference_that_is_the_model_itself_cannot_be_reset(tokenizer):
     with pytest.raises(ValueError, match="reset_reference must be 0 with adapters"):
-        train_lm(adapted(), tokenizer, TASK, by_length, "grpo", replace(FEW, reset_reference=2), **QUIET)
+        train_lm(adapted(zero=True), tokenizer, TASK, by_length, "grpo", replace(FEW, reset_reference=2), **QUIET)
+
+
+def test_a_run_that_begins_with_adapters_is_measured_from_them_and_may_reset(tokenizer):
+    config = replace(FEW, steps=3, lr=1e-2, reset_reference=2)
+    log = train_lm(adapted(), tokenizer, TASK, by_length, "grpo", config, **QUIET).log
+    assert abs(log[0]["kl"]) < 1e-6 < log[1]["kl"] and abs(log[2]["kl"]) < 1e-6
 
 
 # Other tokenizers, other settings of generate

@@ -209,17 +209,42 @@ def test_a_model_without_layers_that_can_be_computed_anew_is_refused():
 # Adapters
 
 
-def test_with_adapters_off_a_model_is_the_one_it_was(tokenizer):
+def learn_something(model):
+    "As if adapters had learnt."
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=generator())
+
+
+def test_with_new_adapters_off_a_model_is_the_one_it_was(tokenizer):
     base, rows = tiny_lm(tokenizer, **SMALL), rows_of(tokenizer)
-    model = adapted(base=copy.deepcopy(base)).eval()
+    model = adapted(base=copy.deepcopy(base), zero=True).train()
+    reference = reference_of(model)
+    assert reference is model and model.training
+    learn_something(model)
+    model.eval()
     with torch.no_grad():
         want, with_adapters = scored(base, rows), scored(model, rows)
-        with as_reference(reference_of(model)):
-            off = scored(model, rows)
+        with as_reference(reference):
+            off = scored(reference, rows)
         again = scored(model, rows)
     assert torch.equal(off, want) and torch.equal(again, with_adapters)
     assert (with_adapters - want).abs().max() > 1e-3
-    assert reference_of(model) is model
+
+
+def test_adapters_that_have_learnt_are_part_of_the_reference(tokenizer):
+    model, rows = adapted(zero=False).eval(), rows_of(tokenizer)
+    reference = reference_of(model)
+    with torch.no_grad():
+        start = scored(model, rows)
+        learn_something(model)
+        with as_reference(reference):
+            kept = scored(reference, rows)
+        assert torch.equal(kept, start) and not torch.equal(scored(model, rows), start)
+    assert reference is not model and not any(p.requires_grad for p in reference.parameters())
+    with as_reference(None):
+        pass
 
 
 def test_a_reference_of_a_whole_model_is_a_frozen_copy(tokenizer):
