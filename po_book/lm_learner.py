@@ -167,7 +167,7 @@ def make_accelerator(
         check_known(_PRECISIONS, precision=precision)
     place = find_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        own = device in ("auto", "cpu", "cuda")
+        own = str(device) in ("auto", "cpu", "cuda")
         require(own, "device", "auto, cpu or cuda in several processes", device)
         made = Accelerator(_PRECISIONS.get(precision), cpu=place.type == "cpu")
     else:

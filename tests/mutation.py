@@ -598,7 +598,7 @@ FAULTS = [
     Fault("precision-launcher", "lm_learner.py", 'precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")', 'precision = precision or "no"', "test_lm_learner.py"),
     Fault("precision-cpu", "lm_learner.py", 'require(place.type == "cuda", "precision"', 'require(True, "precision"', "test_lm_learner.py"),
     Fault("sharded", "lm_learner.py", 'for name in "FSDP", "DEEPSPEED", "MEGATRON_LM":', 'for name in ("FSDP",):', "test_lm_learner.py"),
-    Fault("several-device", "lm_learner.py", 'own = device in ("auto", "cpu", "cuda")', "own = True", "test_lm_learner.py"),
+    Fault("several-device", "lm_learner.py", 'own = str(device) in ("auto", "cpu", "cuda")', "own = True", "test_lm_learner.py"),
     Fault("tiny-rate", "lm_learner.py", "LMConfig(**tiny | {\"lr\": 1e-4} | changes)", "LMConfig(**tiny | changes)", "test_lm_learner.py"),
     Fault("adapter-rate", "lm_learner.py", '**({"lr": 1e-5} if is_peft(model) else {})', "", "test_lm_learner.py"),
     Fault("large-config", "lm_learner.py", "< 10_000_000:", "< 1_000_000_000:", "test_lm_learner.py"),

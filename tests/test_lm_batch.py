@@ -112,6 +112,21 @@ def test_a_gradient_in_parts_is_that_of_the_batch(name, parts, answers):
         torch.testing.assert_close(others[key], metrics[key], rtol=1e-4, atol=1e-5)
 
 
+def test_a_part_without_tokens_leaves_the_means_of_the_others(answers):
+    steps = []
+    for parts in ({}, {"micro_batch": 1}):
+        config, accelerator = batch_config(**parts), Accelerator(cpu=True)
+        networks = ActorCritic(tiny_lm(char_tokenizer(), **SMALL))
+        batch = learnable(PRESETS["grpo"], config, answers, accelerator, tiny_lm(char_tokenizer(), **SMALL, seed=3))
+        batch["mask"] = batch["mask"].clone()
+        batch["mask"][4:8] = False
+        optimizer = torch.optim.SGD(networks.parameters(), 0.0)
+        steps.append(gradient_step(PRESETS["grpo"], config, batch, networks, optimizer, accelerator, 1.0))
+    assert steps[0].keys() == steps[1].keys() and steps[0]["kl"] > 0
+    for key, x in steps[0].items():
+        torch.testing.assert_close(steps[1][key], x, rtol=1e-4, atol=1e-6)
+
+
 def test_where_samples_leave_tokens_out_the_learner_is_asked_again(answers):
     config, model = batch_config(top_k=2), tiny_lm(char_tokenizer(), **SMALL, seed=7)
     batch = learnable(PRESETS["dr-grpo"].for_length(12), config, answers, ALONE, policy=model)

@@ -76,8 +76,8 @@ def test_precisions_that_a_device_does_not_have_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="precision"):
         LMConfig(precision="fp8")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device"):
-        make_accelerator("cuda:0")
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda in several processes, got cpu:0"):
+        make_accelerator("cpu:0")
 
 
 @pytest.mark.cuda
@@ -139,6 +139,52 @@ def test_computed_anew_a_run_ends_with_the_same_weights(tokenizer):
         train_lm(model, tokenizer, TASK, by_length, "grpo", replace(FEW, recompute=recompute), **QUIET)
         ends.append(flat(model))
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)  # samples say their logs in float32
+
+
+@pytest.mark.parametrize("recompute, times", [(False, 1), (True, 2)])
+def test_a_run_computes_layers_anew_if_it_was_asked_to(recompute, times, tokenizer):
+    model, calls = tiny_lm(tokenizer, **SMALL), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    config = replace(FEW, steps=1, micro_batch=4, recompute=recompute)
+    train_lm(model, tokenizer, TASK, by_length, "grpo", config, **QUIET)
+    # A prompt is read apart from its completions where caches are kept.
+    assert sum(calls) == (times if recompute else 2)
+
+
+def test_a_run_is_sampled_and_scored_by_the_law_that_was_asked(tokenizer):
+    how = dict(eval_every=2, eval_prompts=8, eval_samples=4)
+    config = replace(FEW, top_k=1, **how)
+    greedy = train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, by_length, "dr-grpo", config, **QUIET)
+    assert [row["dead_groups"] for row in greedy.log] == [1, 1]
+    assert greedy.log[1]["pass@4"] == greedy.log[1]["success"]  # four times the same answer
+    warm = replace(FEW, top_k=3, temperature=0.7)
+    row = train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, by_length, "grpo", warm, **QUIET).log[0]
+    assert abs(row["approx_kl"]) < 1e-6 and abs(row["kl"]) < 1e-6
+
+
+def test_a_run_stops_completions_at_the_texts_it_was_given(tokenizer):
+    config = replace(FEW, stop=("1", "2", "3"), prompts=8)
+    texts = []
+
+    def reward(prompts, completions, finished, **columns):
+        texts.extend(zip(completions, finished))
+        return by_length(prompts, completions)
+
+    train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, reward, "grpo", config, **QUIET)
+    assert all(not set(text[:-1]) & {*"123"} for text, _ in texts)
+    ended = [text for text, finished in texts if finished and text[-1:] in ("1", "2", "3")]
+    assert len(ended) > 10
+
+
+def test_a_reward_is_told_which_step_it_is(tokenizer):
+    seen = []
+
+    def reward(prompts, completions, trainer_state, **columns):
+        seen.append((trainer_state.global_step, trainer_state.max_steps))
+        return by_length(prompts, completions)
+
+    train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, reward, "grpo", FEW, **QUIET)
+    assert seen == [(0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -305,10 +351,11 @@ def test_a_reference_that_was_reset_comes_back(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save_learner(learner_of(0), [], tmp_path)
-    wide = tiny_lm(char_tokenizer(), width=24, layers=1, heads=2)
-    other = new_lm_learner(wide, char_tokenizer(), TASK, None, PRESETS["grpo"], FEW, 0, "cpu")
-    with pytest.raises(ValueError, match="damaged, or of another model"):
-        restore_learner(other, tmp_path)
+    for shape in (dict(width=24), dict(layers=1), dict(layers=3)):
+        model = tiny_lm(char_tokenizer(), **SMALL | shape)
+        other = new_lm_learner(model, char_tokenizer(), TASK, None, PRESETS["grpo"], FEW, 0, "cpu")
+        with pytest.raises(ValueError, match="damaged, or of another model"):
+            restore_learner(other, tmp_path)
 
 
 # Reports
