@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from runpy import run_path
@@ -68,6 +69,12 @@ def _problems(data: Any, rows: RowOptions) -> Problems:
     return Problems(data, rows.held_out, **columns, **how)
 
 # %% ../nbs/60b_lm_job.ipynb #69d7f33e
+@cache
+def _definitions(path: Path, changed: int) -> dict[str, Any]:
+    "What a file defines that was last changed then."
+    return run_path(str(path))
+
+
 def _find(what: str, name: str, others: str = "") -> Callable:
     "The function of that name. Its file is run."
     place, _, function = name.rpartition(":")
@@ -77,7 +84,7 @@ def _find(what: str, name: str, others: str = "") -> Callable:
     if not place.endswith(".py"):
         found = vars(import_module(place))
     elif Path(place).is_file():
-        found = run_path(place)
+        found = _definitions(Path(place).resolve(), Path(place).stat().st_mtime_ns)
     else:
         raise ValueError(f"{what} {name}: there is no file {place}")
     if not callable(found.get(function)):
@@ -134,7 +141,8 @@ def outline(
 
     adapters = Path(name, "adapter_config.json")
     if adapters.is_file():
-        return outline(json.loads(adapters.read_text())["base_model_name_or_path"], 1)
+        base = json.loads(adapters.read_text()).get("base_model_name_or_path")
+        return outline(base, lora=1)
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):

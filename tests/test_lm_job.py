@@ -20,6 +20,7 @@ from po_book.lm_job import (
     RowOptions,
     add_adapters,
     grade_language,
+    load_reward,
     load_task,
     outline,
     read_language,
@@ -186,6 +187,15 @@ def test_one_reward_is_itself_and_none_is_refused(here):
     for words in {"reward": ()}, {"reward_weights": (1.0, 2.0)}:
         with pytest.raises(ValueError, match="weights must be finite numbers, one a reward"):
             job(**words).start(Path("out"))
+
+
+def test_a_file_is_run_once_unless_it_changes(here):
+    Path("slow.py").write_text(REWARDS)
+    done = [load_reward(f"slow.py:{name}") for name in ("ones", "longer", "ones")]
+    assert done[0] is done[2] and done[0].__globals__ is done[1].__globals__
+    Path("slow.py").write_text("def ones(prompts, completions): return [7.0] * len(prompts)")
+    os.utime("slow.py", ns=(0, 0))
+    assert load_reward("slow.py:ones")(["1="], ["1"]) == [7.0]
 
 
 # Models
