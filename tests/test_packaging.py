@@ -1,7 +1,7 @@
 "The wheel, alone in a new environment, as a user installs it."
 
-import os
 import json
+import os
 import re
 import shlex
 import shutil
