@@ -614,7 +614,6 @@ FAULTS = [
     Fault("reference-learns-too", "pretrained.py", "if learns and is_peft(model):", "if is_peft(model):", "test_pretrained.py"),
     Fault("own-asked", "lm_learner.py", '    learner.asked = own["asked"]\n', "", "test_lm_learner.py"),
     Fault("own-order", "lm_learner.py", '    learner.order.set_state(own["order"])\n', "", "test_lm_learner.py"),
-    Fault("strict-never", "lm_learner.py", "strict=whole", "strict=False", "test_lm_learner.py"),
     Fault("generate-lost", "lm_learner.py", "            setattr(settings, name, None)\n", "            pass\n", "test_lm_learner.py"),
     Fault("generate-kept", "lm_learner.py", "            setattr(settings, name, x)\n", "            pass\n", "test_lm_learner.py"),
     Fault("run-dropout", "train_lm.py", "learning(learner.networks, config.recompute)", "learning(learner.networks.policy.lm_head)", "test_lm_learner.py"),

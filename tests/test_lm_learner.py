@@ -141,14 +141,16 @@ def test_computed_anew_a_run_ends_with_the_same_weights(tokenizer):
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)  # samples say their logs in float32
 
 
-@pytest.mark.parametrize("recompute, times", [(False, 1), (True, 2)])
-def test_a_run_computes_layers_anew_if_it_was_asked_to(recompute, times, tokenizer):
-    model, calls = tiny_lm(tokenizer, **SMALL), []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_run_computes_layers_anew_if_it_was_asked_to(recompute, tokenizer):
+    model, rows = tiny_lm(tokenizer, **SMALL), []
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda _, x: rows.append(len(x[0])) if torch.is_grad_enabled() else None
+    )
     config = replace(FEW, steps=1, micro_batch=4, recompute=recompute)
     train_lm(model, tokenizer, TASK, by_length, "grpo", config, **QUIET)
-    # A prompt is read apart from its completions where caches are kept.
-    assert sum(calls) == (times if recompute else 2)
+    # Where caches are kept, the four prompts are read apart from the sixteen completions.
+    assert rows == ([16, 16] if recompute else [4, 16])
 
 
 def test_a_run_is_sampled_and_scored_by_the_law_that_was_asked(tokenizer):
