@@ -321,11 +321,14 @@ def restore_learner(
 ) -> list[dict[str, float]]:
     """Go back to the last checkpoint, if there is one; the log until then.
 
-    Raises: `ValueError` if it is damaged, or of another model.
+    Raises: `ValueError` if it is damaged, of another model or number of processes.
     """
     found = sorted(out.glob("checkpoint-*"))
     if not found:
         return []
+    own, here = len([*found[-1].glob("process-*.pt")]), learner.accelerator.num_processes
+    if own and own != here:
+        raise ValueError(f"{found[-1]} is of {own} processes, this run has {here}")
     whole = all(p.requires_grad for p in learner.networks.parameters())
     try:
         learner.accelerator.load_state(found[-1], strict=whole)

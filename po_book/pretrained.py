@@ -62,7 +62,11 @@ def _read(name_or_path: str | Path, dtype: torch.dtype | str) -> "PreTrainedMode
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    from peft import AutoPeftModelForCausalLM
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError as error:
+        say = f"{name_or_path} holds adapters: pip install 'po-book[peft]'"
+        raise ImportError(say) from error
 
     load = partial(AutoPeftModelForCausalLM.from_pretrained, is_trainable=True)
     return load(name_or_path, dtype=dtype)

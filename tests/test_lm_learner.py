@@ -360,6 +360,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             restore_learner(other, tmp_path)
 
 
+def test_a_checkpoint_of_two_processes_is_not_one_of_one(tmp_path):
+    save_learner(learner_of(0), [], tmp_path)
+    done = tmp_path / "checkpoint-00000000"
+    (done / "process-1.pt").write_bytes((done / "process-0.pt").read_bytes())
+    with pytest.raises(ValueError, match="is of 2 processes, this run has 1"):
+        restore_learner(learner_of(0), tmp_path)
+
+
 # Reports
 
 

@@ -1,5 +1,6 @@
 "A pretrained model that learns: its numbers, its modes, its memory, its adapters."
 import copy
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,14 @@ def test_adapters_alone_are_loaded_with_the_model_they_belong_to(tmp_path, token
         assert torch.equal(scored(again, rows), scored(model.eval(), rows))
     names = [name for name, p in again.named_parameters() if p.requires_grad]
     assert names and all("lora" in name for name in names)
+
+
+def test_without_peft_adapters_say_what_to_install(tmp_path, tokenizer, monkeypatch):
+    save_lm(tmp_path / "base", tiny_lm(tokenizer, **SMALL), tokenizer)
+    save_lm(tmp_path / "adapters", adapted(base=load_lm(tmp_path / "base")[0]), tokenizer)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"adapters: pip install 'po-book\[peft\]'"):
+        load_lm(tmp_path / "adapters")
 
 
 # Numbers
