@@ -326,7 +326,8 @@ def restore_learner(
     found = sorted(out.glob("checkpoint-*"))
     if not found:
         return []
-    own, here = len([*found[-1].glob("process-*.pt")]), learner.accelerator.num_processes
+    own = len([*found[-1].glob("process-*.pt")])
+    here = learner.accelerator.num_processes
     if own and own != here:
         raise ValueError(f"{found[-1]} is of {own} processes, this run has {here}")
     whole = all(p.requires_grad for p in learner.networks.parameters())
