@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from po_book.data import (
@@ -18,6 +19,7 @@ from po_book.data import (
     same_number,
     same_text,
 )
+from po_book.rewards import OFFERED
 from po_book.tasks import is_held_out
 
 
@@ -404,3 +406,76 @@ def test_the_name_tells_data_apart(tmp_path):
     assert str(Problems(rows)) == str(Problems(rows)) != str(Problems(rows[::-1]))
     assert str(Problems(rows)) != str(Problems([*rows[:-1], rows[-1] | {"answer": 0}]))
     assert str(Problems(written(tmp_path, line(prompt="a", answer=1)))).startswith("Problems(x.jsonl: 1 for training, 0")
+
+
+# What is looked at
+
+
+def test_powers_have_three_digits_at_most():
+    "More would make numbers that no memory holds."
+    assert last_number("1e999") == 10**999 and last_number("2e-999") == Fraction(2, 10**999)
+    assert last_number("1e9999") == 9999 and last_number("1e99999999999999") == 99999999999999
+
+
+@pytest.mark.parametrize("mark", [*".,;:!?\"'”’»", "?!", ' ."'])
+def test_no_stop_and_no_quotation_mark_stands_at_an_end(mark):
+    assert normalized(f"Paris{mark}") == "paris"
+
+
+@pytest.mark.parametrize("mark", [*"\"'“‘«", " «"])
+def test_no_quotation_mark_stands_at_the_beginning(mark):
+    assert normalized(f"{mark}Paris") == "paris"
+
+
+def test_a_formula_is_compared_with_that_of_the_data():
+    "An interval may be the answer to inequalities, but not the other way round."
+    pytest.importorskip("math_verify")
+    assert same_math("(1,2)", "1<x<2") and not same_math("1<x<2", "(1,2)")
+
+
+@pytest.mark.parametrize(
+    "text", [r"\$5 + \$13", "so $18$.", r"so \(18\).", r"so \[18\].", r"so \boxed{18}, not 19"]
+)
+def test_delimiters_say_where_the_formula_is(text):
+    pytest.importorskip("math_verify")
+    assert same_math(text, "18") and not same_math(text, "19")
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", *OFFERED])
+def test_a_column_has_no_name_that_rewards_have(name):
+    with pytest.raises(ValueError, match=rf"data\[0\] must be a row without columns named .*, got \['{name}'\]"):
+        Problems([{"prompt": "a", "answer": 1, name: 2}])
+
+
+@pytest.mark.parametrize("rows", [[{"level": 1}, {}], [{}, {"level": 1}], [{"level": 1}, {"kind": 1}]], ids=str)
+def test_all_rows_have_the_same_columns(rows):
+    rows = [{"prompt": f"{i}+1=", "answer": i + 1} | row for i, row in enumerate(rows)]
+    with pytest.raises(ValueError, match=r"data\[1\] must be a row with the other columns of data\[0\], \["):
+        Problems(rows)
+
+
+@pytest.mark.parametrize("name", ["answer", "level", "kind"])
+def test_a_prompt_that_comes_again_has_the_same_in_all_columns(name):
+    row = {"prompt": "a", "answer": 1, "level": 2, "kind": 3}
+    with pytest.raises(ValueError, match=rf"data\[2\]: the prompt of data\[0\] again, with another {name}$"):
+        Problems([row, dict(row), row | {name: 4}])
+
+
+def test_the_order_of_an_epoch_is_drawn_from_its_own_seed():
+    "So it is the same in every version, and a run goes on where it was left."
+    known = Problems(sums(), held_out=[{"prompt": f"{a}+2=", "answer": a + 2} for a in range(9)])
+    for seed in 0, 5, -1:
+        for part, n, held_out in (known.training, 40, False), (known.held_out, 9, True):
+            spawned = [np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,)) for epoch in range(2)]
+            orders = [np.random.default_rng(x).permutation(n).tolist() for x in spawned]
+            stream = [part[i] for order in orders for i in order]
+            assert known.prompts(2 * n, seed, held_out) == stream
+            assert held_out or known.take(2 * n, 0, seed) == stream
+
+
+def test_a_rule_is_asked_for_a_response_and_then_for_the_answer():
+    def begins(completion, answer):
+        return completion.startswith(answer)
+
+    known = Problems([{"prompt": "a", "answer": "Par"}], same=begins)
+    assert known.verify("a", "Paris") and not known.verify("a", "Pa")

@@ -1,5 +1,6 @@
 import math
 from collections import UserList
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from po_book.language_model import (
     check_sampling,
     encode,
     log_distribution,
+    next_logits,
     pack,
     prefix_states,
     tiny_lm,
     token_logprobs,
+    toy_lm,
 )
 from po_book.pretrained import load_lm, pad_token_id
 from po_book.sampling import sample
@@ -448,3 +451,157 @@ def test_a_model_with_unknown_logits_is_refused(tmp_path, tokenizer, monkeypatch
     monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
     with pytest.raises(ValueError, match="LlamaForCausalLM makes its logits"):
         load_lm(tmp_path)
+
+
+# What it is made of
+
+
+def test_a_tiny_model_is_as_large_as_was_asked_and_ready_to_be_used(tokenizer):
+    model = tiny_lm(tokenizer, width=48, layers=2, heads=3, context=20)
+    sizes = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"
+    assert [getattr(model.config, name) for name in sizes] == [48, 2, 3, 20]
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (0, 1)
+    assert not model.training and model.dtype == torch.float32
+    assert tiny_lm(tokenizer).config.num_attention_heads == 4
+
+
+def test_the_toy_model_writes_two_letters_and_an_end():
+    model, letters = toy_lm(seed=3)
+    plain = tiny_lm(letters, width=16, layers=1, heads=2, seed=3)
+    ids = torch.tensor([letters("qab").input_ids])
+    with torch.no_grad():
+        logits, without = model(ids).logits, plain(ids).logits
+    assert letters.convert_tokens_to_ids(["<pad>", "<eos>", "a", "b", "q"]) == [0, 1, 2, 3, 4]
+    assert logits[0, -1].isfinite().tolist() == [False, True, True, True, False]
+    assert torch.equal(logits[..., 1:4], without[..., 1:4])
+
+
+def test_both_ends_of_rows_are_filled_with_the_token_that_is_given():
+    rows = pack([[5], [6, 7]], [[8, 9], []], pad_id=3)
+    assert rows.ids.tolist() == [[3, 5, 8, 9], [6, 7, 3, 3]]
+    assert rows.attention_mask.int().tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
+    assert rows.mask.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
+
+
+def test_tokens_that_are_given_are_copied(chatty):
+    given = [[2, 6], [7]]
+    encode(chatty, given)[0].append(1)
+    assert given == [[2, 6], [7]]
+    assert encode(chatty, [(2, 6)]) == [[2, 6]]
+
+
+def test_equals_of_the_last_token_that_is_kept_are_kept():
+    logp = log_distribution(torch.tensor([0.0, 1.0, 1.0, 1.0]), top_k=2)
+    torch.testing.assert_close(logp.exp(), torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]))
+
+
+def test_logits_are_scaled_and_capped_as_the_text_part_of_a_model_says():
+    "A model of texts and images has a configuration for each."
+    text = SimpleNamespace(logits_scaling=0.5, final_logit_softcapping=4.0)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    model = SimpleNamespace(config=config, get_output_embeddings=torch.nn.Identity)
+    logits = next_logits(model, torch.tensor([[2.0, 0.0, -1.0]]))
+    expected = 4 * torch.tensor([[1.0, 0.0, -0.5]]).tanh()
+    torch.testing.assert_close(logits, expected)
+
+
+def test_values_are_float32_whatever_the_model_is(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL).bfloat16()
+    critic, rows = ValueModel(model), pack([[5, 6]], [[8]], 0)
+    torch.nn.init.ones_(critic.head.weight)
+    values = critic(rows.ids, rows.attention_mask)
+    assert critic.head.weight.dtype == values.dtype == torch.float32
+    states = prefix_states(model, rows.ids, rows.attention_mask)
+    torch.testing.assert_close(values, states.float().sum(-1))
+
+
+# What a score costs
+
+
+def test_no_keys_and_values_are_held_where_nothing_reads_them_again(llama, tokenizer):
+    rows, held = pack([[5, 6]] * 2, [[8], [9]], 0), []
+    hook = llama.model.register_forward_hook(lambda *x: held.append(x[2].past_key_values))
+    for size in 1, 2:
+        scored(llama, rows, group_size=size)
+    hook.remove()
+    assert held[0] is None and len(held) == 2 and held[1] is not None
+
+
+def test_a_row_of_logits_fits_whatever_the_limit(llama):
+    rows = pack([[5, 6]], [[8, 9]], 0)
+    torch.testing.assert_close(scored(llama, rows, max_logits=1), scored(llama, rows))
+
+
+def test_logits_of_parts_are_not_held_until_the_backward_pass(llama):
+    "They are made anew there; where they fit at once, they are made once."
+    rows, calls = pack([[5, 6]] * 16, [[8, 9, 7, 6]] * 16, 0), []
+    hook = llama.lm_head.register_forward_hook(lambda *x: calls.append(len(x[2])))
+    counts = []
+    for limit in 18 * 64, 18 * 16:
+        calls.clear()
+        loss = scored(llama, rows, max_logits=limit).sum()
+        forward = len(calls)
+        loss.backward()
+        counts.append((forward, len(calls)))
+    hook.remove()
+    llama.zero_grad()
+    assert counts == [(1, 1), (4, 8)]
+
+
+def test_where_all_tokens_are_kept_no_table_of_log_probabilities_is_made(llama):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    rows, made = pack([[5, 6]], [[8, 9]], 0), []
+    for settings in {}, {"temperature": 0.5}, {"top_k": 3}:
+        names = []
+        with torch.no_grad(), Seen():
+            scored(llama, rows, **settings)
+        made.append("aten::_log_softmax" in names)
+    assert made == [False, False, True]
+
+
+# Scores and their settings
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 18}], ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_score_is_of_the_temperature(llama, temperature, settings):
+    rows = pack([[5, 6]], [[8, 9]], 0)
+    with torch.no_grad():
+        logp = (llama(rows.ids).logits[0] / temperature).log_softmax(-1)
+        found = scored(llama, rows, temperature=temperature, **settings)
+    torch.testing.assert_close(found[0, 2:], logp[[1, 2], [8, 9]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0}, {"min_p": 2}], ids=str
+)
+def test_a_score_of_no_distribution_is_refused(llama, settings):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))} must be "):
+        scored(llama, pack([[5, 6]], [[8]], 0), **settings)
+
+
+@pytest.mark.parametrize("size", [0, -1, -2, 4])
+def test_groups_have_a_whole_number_of_rows_above_zero(llama, size):
+    rows = pack([[5, 6]] * 6, [[8]] * 6, 0)
+    with pytest.raises(ValueError, match=f"must be positive and divide the 6 rows, got {size}$"):
+        scored(llama, rows, group_size=size)
+
+
+def test_prompts_that_differ_in_their_padding_are_not_shared(llama):
+    "One begins with the token that fills the other up."
+    rows = pack([[5, 6], [6]], [[8], [9]], pad_id=5)
+    assert torch.equal(rows.ids[0, :2], rows.ids[1, :2])
+    with pytest.raises(ValueError, match="rows of a group of 2 must share their prompt"):
+        scored(llama, rows, group_size=2)
+
+
+def test_padding_behind_real_tokens_has_no_score(llama):
+    rows = pack([[5, 6]] * 2, [[8, 9], [9]], 0)
+    mask = rows.mask.clone()
+    mask[1, 3] = True
+    with pytest.raises(ValueError, match="mask must be on real tokens"):
+        token_logprobs(llama, rows.ids, mask, attention_mask=rows.attention_mask)

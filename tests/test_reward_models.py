@@ -17,9 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from po_book import language_model
+from po_book import language_model, reward_models
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.reward_models import (
+    QUESTION,
     RewardModel,
     best_of_n,
     bradley_terry_loss,
@@ -688,3 +689,132 @@ def test_a_question_needs_both_fields():
 def test_the_best_mark_is_positive(top):
     with pytest.raises(ValueError, match=rf"top must be in \(0, inf\), got {top}"):
         judge(str, top=top)
+
+
+# What is handed on
+
+
+def test_the_rate_of_a_fit_falls_from_a_hundred_thousandth_to_zero(model, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def watched(self):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    data = ["1+1="], ["2"], ["3"]
+    fit_reward_model(model, *data, 4)
+    fit_reward_model(model, *data, 2, lr=0.5)
+    assert rates == pytest.approx([1e-5, 7.5e-6, 5e-6, 2.5e-6, 0.5, 0.25])
+
+
+def test_a_fit_draws_64_pairs_a_step_and_learns_all_that_may(model, monkeypatch):
+    asked = []
+
+    def watched(loss, weights, *how, **settings):
+        asked.append(([id(w) for w in weights], how, settings))
+        return [1.0]
+
+    monkeypatch.setattr(reward_models, "minimise", watched)
+    model.trunk.embed_tokens.weight.requires_grad_(False)
+    order = torch.Generator()
+    assert fit_reward_model(model, ["1="] * 3, ["1"] * 3, ["2"] * 3, 7, generator=order) == [1.0]
+    learn = [id(p) for p in model.parameters() if p.requires_grad]
+    settings = dict(anneal=True, generator=order)
+    assert asked == [(learn, (3, 7, 64, 1e-5), settings)] and len(learn) > 5
+
+
+def test_a_fit_reads_both_responses_in_one_pass(model):
+    "So both are padded to one length."
+    shapes = []
+    model.trunk.embed_tokens.register_forward_hook(lambda *x: shapes.append(tuple(x[1][0].shape)))
+    fit_reward_model(model, ["1+1="], ["2"], ["12345"], 3, 2)
+    assert shapes == [(4, 10)] * 3
+
+
+def test_a_classifier_reads_some_rows_at_a_time_and_keeps_no_graph(classifier):
+    seen = []
+    classifier.register_forward_hook(
+        lambda *x: seen.append((len(x[2].logits), x[2].logits.requires_grad))
+    )
+    reward = classifier_reward(classifier, char_tokenizer(), 3)
+    reward(["1="] * 7, ["1"] * 7)
+    assert seen == [(3, False), (3, False), (1, False)]
+    seen.clear()
+    classifier_reward(classifier, char_tokenizer())(["1="] * 20, ["1"] * 20)
+    assert seen == [(16, False), (4, False)]
+
+
+def test_a_conversation_ends_with_its_answer(classifier):
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}:{% endif %}"
+    )
+    prompt, answer = [{"role": "user", "content": "1+2="}], [{"role": "assistant", "content": "3"}]
+    want = alone(classifier, tokenizer, ["1+2=3"])
+    got = compute_rewards(classifier_reward(classifier, tokenizer), [prompt], [answer])
+    assert got == pytest.approx(want, abs=1e-5)
+
+
+def test_the_name_of_a_folder_may_end_with_a_slash():
+    model = CLASSIFIERS["llama"]()
+    model.config._name_or_path = "models/my-reward/"
+    assert classifier_reward(model, char_tokenizer()).__name__ == "my-reward"
+
+
+def test_of_equal_proxies_the_later_response_wins():
+    proxy, truth = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[3.0, 6.0, 9.0]])
+    assert best_of_n(proxy, truth, 3) == (1.0, 6.0)
+    assert best_of_n(proxy, truth, 2) == pytest.approx((1.0, (6 + 3 + 6) / 3))
+
+
+def test_steps_may_be_apart_by_another_separator():
+    def long(prompts, completions, **columns):
+        return [float(len(o)) for o in completions]
+
+    assert step_scores(long, ["p", "q"], ["1; 2,3", "4"], "; ") == [[1.0, 6.0], [1.0]]
+
+
+def test_a_score_of_a_step_is_one_finite_number():
+    for said, told in ([[1.0], "2 rewards, one a row, got 1"], [[1.0, math.nan], "finite rewards"]):
+        with pytest.raises(ValueError, match=f"reward must return {told}"):
+            step_scores(returning(said), ["p"], ["1,2"])
+    with pytest.raises(ValueError, match="no reward has anything to say about row 1"):
+        step_scores(returning([1.0, None]), ["p"], ["1,2"])
+
+
+def returning(values):
+    def reward(prompts, completions, **columns):
+        return values
+
+    return reward
+
+
+def test_a_judge_is_asked_for_a_mark_up_to_ten():
+    asked = []
+    reward = judge(lambda question: asked.append(question) or "10")
+    assert compute_rewards(reward, ["1+2="], ["3"]) == [1.0]
+    assert asked == [
+        "Problem: 1+2=\nResponse: 3\nHow good is the response, from 0 (useless) to 10 (perfect)? "
+        "End with the number."
+    ]
+    assert asked == [QUESTION.format(prompt="1+2=", completion="3")]
+
+
+@pytest.mark.parametrize(
+    "answer, want",
+    [
+        ("Mark: 7. It has 3 errors", 0.7),
+        ("The rating is 7, for 3 reasons", 0.7),
+        ("Grade = 7; 2 sums are right", 0.7),
+        ("7, of 1–5 sums", 0.7),
+        ("7, of 1—5 sums", 0.7),
+        ("7, since 2 OF 3 are right", 0.7),
+        ("7, from 0 TO 10", 0.7),
+        ("2 sums of 3: 7/10. 4 stars", 0.7),
+        ("<think>3</think>no<think>4</think>7", 0.7),
+    ],
+)
+def test_the_mark_is_told_from_other_numbers(answer, want):
+    assert compute_rewards(judge(lambda question: answer), ["p"], ["o"]) == [pytest.approx(want)]

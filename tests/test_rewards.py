@@ -556,3 +556,59 @@ def test_the_text_of_a_completion_is_what_the_last_message_says():
 def test_a_completion_that_says_nothing_is_refused(odd):
     with pytest.raises(ValueError, match="completion must be a text, got"):
         completion_text(odd)
+
+
+# What is looked at
+
+
+def test_the_row_that_is_blamed_fails_as_the_batch_did():
+    "A row that fails for another reason when it is alone is not the one."
+
+    def odd(prompts, completions, **columns):
+        if "x" in completions:
+            raise KeyError("x")
+        if len(completions) == 1:
+            raise ZeroDivisionError
+        return [0.0] * len(completions)
+
+    with pytest.raises(KeyError) as caught:
+        compute_rewards(odd, ["p", "q"], ["a", "x"])
+    assert caught.value.__notes__ == [
+        "reward function odd failed on row 1 (prompt 'q', completion 'x')"
+    ]
+
+
+@pytest.mark.parametrize("values", [b"12", [b"1", b"2"], [1.0, -math.inf]])
+def test_bytes_and_minus_infinity_are_no_rewards(values):
+    with pytest.raises(ValueError, match="reward must return (a list of numbers|finite rewards), got"):
+        compute_rewards(returning(values), ["p", "q"], ["a", "b"])
+
+
+def test_the_log_of_some_completions_has_their_columns_and_no_metrics():
+    log = RewardLog(5)
+    log.log_extra("seen", "abcde")
+    log.log_extra("marks", [1, 2, 3, 4, 5])
+    log.log_metric("a", 2.0)
+    part = log.rows_from(3, 2)
+    assert part.rows == 2 and part.told == {}
+    assert part.extras == {"seen": ["d", "e"], "marks": [4, 5]}
+    assert log.rows_from(1, 3).extras == {"seen": ["b", "c", "d"], "marks": [2, 3, 4]}
+    part.log_extra("more", ["x", "y"])
+    assert [*log.extras] == ["seen", "marks"] and log.told == {"a": [2.0]}
+
+
+def test_a_sum_keeps_the_parts_that_it_was_made_of():
+    parts, weights = [lengths], [2.0]
+    total = weighted_sum(parts, weights)
+    parts.append(returning([100]))
+    weights[0] = 7.0
+    assert compute_rewards(total, ["p"], ["abc"]) == [6.0]
+    assert compute_rewards(weighted_sum(x for x in (lengths, lengths)), ["p"], ["abc"]) == [6.0]
+
+
+def test_what_nobody_offers_keeps_its_default():
+    def patient(completions, bonus=2.0, trainer_state=None):
+        return [bonus + (trainer_state is None)]
+
+    assert compute_rewards(patient, ["p"], ["a"]) == [3.0]
+    assert compute_rewards(patient, ["p"], ["a"], trainer_state=7) == [2.0]

@@ -203,7 +203,7 @@ def check_stops(model, tokenizer, prompts, stop: list[str]) -> None:
     assert kinds == {(True, True), (False, True), (False, False)}
 
 
-@pytest.mark.parametrize("stop", [["1,2"], ["12", "2,"], [",", ",", "11"]])
+@pytest.mark.parametrize("stop", [["1,2"], ["12", "2,"], [",", ",", "11"], ["1,2", "22"]])
 def test_a_stop_text_over_several_tokens_ends_a_completion(tokenizer, stop):
     model = only(tiny_lm(tokenizer, **SMALL), [1, *tokenizer("12,").input_ids])
     with torch.no_grad():
@@ -477,3 +477,35 @@ def test_equal_branches_with_equal_tokens_are_one_branch():
     parents, firsts, new = branch_out(branch, tokens, 5)
     assert parents.tolist() == [0, 1, 1] and firsts.tolist() == [3, 2, 3]
     assert torch.equal(parents[new], branch) and torch.equal(firsts[new], tokens)
+
+
+@pytest.mark.parametrize("more", [7, [7]])
+def test_one_stop_token_that_a_model_came_with_may_be_a_number_or_a_list(tokenizer, more):
+    model = tiny_lm(tokenizer, **SMALL)
+    model.generation_config.eos_token_id = more
+    drawn = sample(model, tokenizer, PROMPTS, 50, 12, generator=generator())
+    ends = {row[-1] for row, done in zip(completions(drawn), drawn.finished) if done}
+    assert ends == {1, 7} and all(not {1, 7} & set(row[:-1]) for row in completions(drawn))
+
+
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_rows_are_filled_with_the_padding_of_the_tokenizer(at_once):
+    tokenizer = char_tokenizer()
+    tokenizer.pad_token = ":"
+    model = only(tiny_lm(tokenizer, **SMALL), [1, 5])
+    drawn = sample(model, tokenizer, PROMPTS, 4, 9, generator=generator(), at_once=at_once)
+    filled = drawn.ids[~drawn.attention_mask]
+    assert len(filled) > 20 and set(filled.tolist()) == {tokenizer.pad_token_id} == {17}
+    assert (~drawn.attention_mask[:, :8]).any() and (~drawn.attention_mask[:, 8:]).any()
+
+
+def test_a_completion_has_room_for_64_tokens_unless_another_number_is_given(tokenizer):
+    model = only(tiny_lm(tokenizer, width=16, layers=1, heads=2), [5, 6])
+    drawn = sample(model, tokenizer, PROMPTS, generator=generator())
+    assert drawn.mask.sum(1).tolist() == [64] * 3 and not drawn.finished.any()
+
+
+def test_a_generator_of_another_device_is_refused(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL).to("meta")
+    with pytest.raises(ValueError, match="^generator must be on meta, got cpu$"):
+        sample(model, tokenizer, PROMPTS, generator=generator())

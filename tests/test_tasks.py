@@ -1,9 +1,13 @@
 import math
+import zlib
+from collections import Counter
 from itertools import chain, combinations, product
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import PROMPTS, SMALL, generator
+from tokenizers import processors
 
 from po_book import tasks
 from po_book.language_model import char_tokenizer, tiny_lm
@@ -449,3 +453,100 @@ def test_messages_are_asked_and_taught_as_their_template_writes_them(tokenizer):
         right = verdicts(model, speaks, Same(), prompts, 4, 3, generator(), at_once=2)
         found.append((losses, right.tolist()))
     assert found[0] == found[1]
+
+
+# What is drawn
+
+
+def test_the_part_that_is_held_out_is_the_same_for_ever():
+    "A model that was trained with one version is graded with another."
+    texts = [f"{a}+{b}=" for a in range(100) for b in range(100)]
+    for text in texts[:300]:
+        assert is_held_out(text) == (zlib.crc32("".join(sorted(text)).encode()) % 8 == 0)
+    share = sum(map(is_held_out, texts)) / len(texts)
+    assert share == pytest.approx(1 / 8, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [3, -1])
+def test_a_problem_is_drawn_from_the_seed_of_its_place(seed):
+    "So it is the same in every version, and a run goes on where it was left."
+    for place in (0, 1, 2**32 + 1):
+        spawned = np.random.SeedSequence(seed % 2**64, spawn_key=(place,))
+        word = int(spawned.generate_state(1, np.uint64)[0])
+        assert word >= 2**32
+        assert LONG.at(place, seed) == LONG.prompts(1, word)[0]
+        assert LONG.take(1, place, seed) == [LONG.at(place, seed)]
+
+
+@pytest.mark.parametrize("apart", [2**32, 2**48, 2**63])
+def test_seeds_far_apart_share_no_problem(apart):
+    assert not {*LONG.take(50, 0, 5)} & {*LONG.take(50, 0, 5 + apart)}
+
+
+def test_all_numbers_of_terms_and_all_digits_are_drawn_equally_often():
+    terms = [prompt[:-1].split("+") for prompt in ChainAddition().prompts(3000)]
+    sizes, digits = Counter(map(len, terms)), Counter(chain(*terms))
+    assert sizes.keys() == {3, 4, 5} and digits.keys() == {*"123456789"}
+    assert all(800 < n < 1200 for n in sizes.values())
+    assert all(1200 < n < 1500 for n in digits.values())
+    pools = [prompt.split("=")[0].split(",") for prompt in Countdown().prompts(3000)]
+    sizes, digits = Counter(map(len, pools)), Counter(chain(*pools))
+    assert sizes.keys() == {2, 3} and digits.keys() == {*"123456789"}
+    assert all(1300 < n < 1700 for n in sizes.values())
+
+
+def test_zero_is_a_number_on_the_way():
+    assert Countdown().verify("5,5,3=3:", "5-5=0,0+3=3")
+    assert Countdown().solution("2,2=0:") == "2-2=0"
+    assert not Countdown().verify("5,6,3=2:", "5-6=-1,-1+3=2")
+
+
+# What fine-tuning reads and does
+
+
+def test_fine_tuning_cuts_its_gradients_to_length_one(tokenizer, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def watched(self):
+        grads = [p.grad for p in self.param_groups[0]["params"]]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    model = tiny_lm(tokenizer, **SMALL)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    sft(model, tokenizer, PROMPTS, ["16", "9", "4"], 2, 3)
+    assert norms == pytest.approx([1.0, 1.0], abs=1e-4)
+
+
+def test_fine_tuning_refuses_what_does_not_fit(tokenizer):
+    "Prompt, answer and its end; the context is 32 tokens."
+    model = tiny_lm(tokenizer, **SMALL)
+    sft(model, tokenizer, ["1="], ["1" * 29], 1, 1)
+    with pytest.raises(ValueError, match=r"^prompts\[1\] has 33 tokens.* context is 32$"):
+        sft(model, tokenizer, ["1=", "1="], ["1", "1" * 30], 1, 1)
+
+
+def test_fine_tuning_puts_no_special_tokens_into_the_middle():
+    "The tokenizer begins every text with one; the answer only goes on."
+    plain, special = char_tokenizer(), char_tokenizer()
+    special.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 0)]
+    )
+    losses = []
+    for tokenizer, prompts in (
+        (special, ["1+1=", "9="]),
+        (plain, [[0, *plain(text).input_ids] for text in ("1+1=", "9=")]),
+    ):
+        model = tiny_lm(tokenizer, **SMALL)
+        losses.append(sft(model, tokenizer, prompts, ["2", "9"], 3, 2, generator=generator()))
+    assert losses[0] == losses[1]
+
+
+def test_fine_tuning_reads_no_columns_of_padding(tokenizer):
+    model, read = tiny_lm(tokenizer, **SMALL), set()
+    model.get_input_embeddings().register_forward_hook(lambda *x: read.add(x[1][0].shape))
+    prompts, answers = ["1+2+3+4=", "1=", "2+2="], ["3,6,10", "11,11,11,11", "4"]
+    sft(model, tokenizer, prompts, answers, 12, 1, generator=generator())
+    assert read == {(1, len(q) + len(o) + 1) for q, o in zip(prompts, answers)}
