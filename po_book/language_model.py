@@ -479,4 +479,5 @@ class ValueModel(nn.Module):
         "At $t$ the value of the tokens before $t$, the state $t$ was chosen in."
         if states is None:
             states = prefix_states(self.trunk, ids, attention_mask)
-        return self.head(states.float()).squeeze(-1)
+        with torch.autocast(states.device.type, enabled=False):  # values of four bytes
+            return self.head(states.float()).squeeze(-1)

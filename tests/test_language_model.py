@@ -605,3 +605,16 @@ def test_padding_behind_real_tokens_has_no_score(llama):
     mask[1, 3] = True
     with pytest.raises(ValueError, match="mask must be on real tokens"):
         token_logprobs(llama, rows.ids, mask, attention_mask=rows.attention_mask)
+
+
+def test_values_are_float32_where_products_are_bfloat16():
+    model = tiny_lm(char_tokenizer(), **SMALL)
+    critic = ValueModel(model)
+    torch.nn.init.normal_(critic.head.weight, generator=generator())
+    ids = torch.arange(2, 10)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        states = prefix_states(model, ids, ids > 0)
+        values = critic(ids, ids > 0, states)
+    want = states.float() @ critic.head.weight[0]
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, want, rtol=1e-6, atol=1e-6)
