@@ -250,7 +250,8 @@ def all_or_none(
 ) -> Any:
     """What `act` gives in this process.
 
-    Raises: in every process what `act` raises in one, with the number of that process.
+    Raises: where `act` does, what it raises; in the other processes a
+    `ChildProcessError` with the number of that process, and its words.
     """
     if accelerator.num_processes == 1:
         return act()
@@ -264,7 +265,7 @@ def all_or_none(
     if failed is not None and first[0] == rank:
         raise failed
     if first is not None:
-        raise RuntimeError(f"process {first[0]}: {first[1]}: {first[2]}")
+        raise ChildProcessError(f"process {first[0]}: {first[1]}: {first[2]}")
     return given
 
 # %% ../nbs/48a_batch.ipynb #948a72ba

@@ -167,7 +167,7 @@ def make_accelerator(
         check_known(_PRECISIONS, precision=precision)
     place = find_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        own = device in ("auto", "cpu", "cuda")
+        own = str(device) in ("auto", "cpu", "cuda")
         require(own, "device", "auto, cpu or cuda in several processes", device)
         made = Accelerator(_PRECISIONS.get(precision), cpu=place.type == "cpu")
     else:
@@ -241,14 +241,14 @@ def new_lm_learner(
     do, and if a model with adapters should have its reference reset.
     """
     check_adapters(model)
-    fixed = is_peft(model) and objective.kl.reference and config.reset_reference
-    require(not fixed, "reset_reference", "0 with adapters", config.reset_reference)
     accelerator = make_accelerator(device, config.precision)
     place, rank = accelerator.device, accelerator.process_index
     model = float32_masters(model).to(place)
     model.zero_grad()
     with torch.random.fork_rng(devices=[]):
         critic, reference = _networks(model, objective)
+    fixed = reference is model and config.reset_reference
+    require(not fixed, "reset_reference", "0 with adapters", config.reset_reference)
     networks = ActorCritic(model, critic)
     learning = [p for p in networks.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, config.lr, weight_decay=0.0, fused=True)
@@ -321,11 +321,15 @@ def restore_learner(
 ) -> list[dict[str, float]]:
     """Go back to the last checkpoint, if there is one; the log until then.
 
-    Raises: `ValueError` if it is damaged, or of another model.
+    Raises: `ValueError` if it is damaged, of another model or number of processes.
     """
     found = sorted(out.glob("checkpoint-*"))
     if not found:
         return []
+    own = len([*found[-1].glob("process-*.pt")])
+    here = learner.accelerator.num_processes
+    if own and own != here:
+        raise ValueError(f"{found[-1]} is of {own} processes, this run has {here}")
     whole = all(p.requires_grad for p in learner.networks.parameters())
     try:
         learner.accelerator.load_state(found[-1], strict=whole)

@@ -62,7 +62,11 @@ def _read(name_or_path: str | Path, dtype: torch.dtype | str) -> "PreTrainedMode
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    from peft import AutoPeftModelForCausalLM
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError as error:
+        say = f"{name_or_path} holds adapters: pip install 'po-book[peft]'"
+        raise ImportError(say) from error
 
     load = partial(AutoPeftModelForCausalLM.from_pretrained, is_trainable=True)
     return load(name_or_path, dtype=dtype)
@@ -207,21 +211,34 @@ def is_peft(
 def reference_of(
     model: "PreTrainedModel",
 ) -> "PreTrainedModel":
-    """What a run's divergence is measured from: a frozen copy of the model.
+    """What a run's divergence is measured from: the model as it is now.
 
-    A model with adapters is its own reference ({func}`as_reference`): it is then the
-    model without any, also where the adapters have learnt something before.
+    A model whose adapters do nothing yet is its own reference (`as_reference`); of any
+    other a frozen copy is made.
     """
-    if is_peft(model):
+    if is_peft(model) and _is_idle(model):
         return model
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 # %% ../nbs/40a_pretrained.ipynb #8816212e
+@torch.no_grad()
+def _is_idle(model: "PreTrainedModel") -> bool:
+    "Whether a model says the same with its adapters and without."
+    ids = torch.arange(1, 9, device=model.device)[None]
+    ids = ids % model.get_input_embeddings().num_embeddings
+    real = torch.ones_like(ids, dtype=torch.bool)
+    with evaluating(model):
+        adapted = hidden_states(model, ids, real)
+        with model.disable_adapter():
+            return torch.equal(adapted, hidden_states(model, ids, real))
+
+# %% ../nbs/40a_pretrained.ipynb #1cd4eb88
 def as_reference(
     model: "PreTrainedModel | None",  # what `reference_of` gave
 ) -> AbstractContextManager:
-    "While the block runs, adapters are switched off."
-    if model is not None and is_peft(model):
+    "While the block runs, adapters that learn are switched off; a copy keeps its own."
+    learns = model is not None and any(p.requires_grad for p in model.parameters())
+    if learns and is_peft(model):
         return model.disable_adapter()
     return nullcontext()
 

@@ -276,8 +276,8 @@ class PPOConfig(EpochsConfig):
             check_in(f"({1 + high}, inf)", dual_clip=self.dual_clip)
         if self.kl_target is not None:
             require(self.kl_coef, "kl_coef", "positive, to be adapted", self.kl_coef)
-        if self.normalize_advantages and self.minibatch == 1:
-            hint = "with minibatch=1 set normalize_advantages=False"
+        if self.normalize_advantages and self.minibatch < 3:  # 3 rows are 2 and 1
+            hint = f"with minibatch={self.minibatch} set normalize_advantages=False"
             raise ValueError(f"one transition has no deviation: {hint}")
 
     def band(self, pace: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from inspect import getsource
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 import po_book.train
-from po_book import cli
+from po_book import cli, lm_job
 from po_book.checkpoint import lock_folder
-from po_book.cli import LANGUAGE, load_reward, load_task, main
+from po_book.cli import LANGUAGE, main
 from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.lm_job import RowOptions, load_reward, load_task, read_language
 from po_book.lm_learner import default_lm_config, tiny_config
 from po_book.objective import PRESETS, Clip, Group, InLoss
 from po_book.rollout import evaluate
@@ -93,7 +94,7 @@ def settings(algorithm: str) -> list:
     "Everything that has fields which are flags."
     if algorithm in ALGORITHMS:
         return [default_config(algorithm, "")]
-    return [default_lm_config(algorithm), *vars(PRESETS[algorithm]).values()]
+    return [default_lm_config(algorithm), *vars(PRESETS[algorithm]).values(), RowOptions()]
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, *LANGUAGE])
@@ -717,10 +718,14 @@ def test_the_run_of_a_language_model_says_all_that_was_asked(spoke, tiny):
     asked = json.loads((spoke / "run.json").read_text())
     facts = {
         "algorithm": "grpo", "task": "chain-addition", "model": str(tiny), "seed": 3,
-        "sft_steps": 400, "reward": f"{spoke.parent / 'mine.py'}:ones", "device": "cpu",
+        "sft_steps": 400, "reward": [f"{spoke.parent / 'mine.py'}:ones"], "device": "cpu",
+        "reward_weights": [], "lora": 0, "prompt_column": "prompt", "answer_column": "answer",
+        "compare": "number", "extract": None, "held_out": None,
     }  # fmt: skip
     assert facts.items() <= asked.items()
-    assert asked["objective"]["kl"] == {"is": "InLoss", "beta": 0.02, "kind": "k3"}
+    assert asked["objective"]["kl"] == {
+        "is": "InLoss", "beta": 0.02, "kind": "k3", "corrected": False,
+    }  # fmt: skip
     assert asked["config"]["max_new_tokens"] == 4
 
 
@@ -743,7 +748,7 @@ def test_evaluate_grades_held_out_problems_and_shows_three(spoke, capsys):
     assert first == f"2 steps; held-out problems: {said}"
     rewards = load_reward(f"{spoke.parent / 'mine.py'}:ones")(prompts, texts)
     assert rows == [
-        f"{q!r} → {o!r}, reward {r}" for q, o, r in list(zip(prompts, texts, rewards))[:3]
+        f"{q!r} → {o!r}, reward {r:.4g}" for q, o, r in list(zip(prompts, texts, rewards))[:3]
     ]
 
 
@@ -780,7 +785,7 @@ def test_choices_of_a_preset_are_read_back(tiny, here):
     line = f"train dapo --task countdown --model {tiny} {SMALL} --steps 1 --out x"
     assert run(f"{line} {more}") == 2  # no discount in DAPO
     assert run(f"{line} {more.removesuffix(' --gamma 1')}") == 0
-    objective = cli._language(Path("x")).objective
+    objective = read_language(Path("x")).objective
     assert objective.trust == Clip(0.1, 0.28)
     assert objective.advantage == Group("none", informative_only=False)
 
@@ -794,6 +799,22 @@ def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
 
 
 # Mistakes
+
+
+def spoken_facts() -> dict[str, dict]:
+    "What runs of a language model were asked: of this version, torn, and of others."
+    task = cli.Language("grpo", PRESETS["grpo"], tiny_config(), "countdown", device="cpu")
+    objective = {k: asdict(choice) for k, choice in vars(task.objective).items()}
+    asked = task.asked | {"config": asdict(task.config), "objective": objective}
+    torn = {k: x for k, x in asked.items() if k != "model"}
+    older = {k: x for k, x in asked["config"].items() if k != "recompute"}
+    newer, other = asked["config"] | {"speed": 3}, {**objective["kl"], "rate": 0.1}
+    del other["beta"]
+    return {
+        "spoken": asked, "torn": torn, "older": asked | {"config": older},
+        "newer": asked | {"config": newer},
+        "other": asked | {"objective": objective | {"kl": other}},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -822,7 +843,11 @@ def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
         ("evaluate nowhere", 1, "nowhere holds no run"),
         ("resume nowhere", 1, "nowhere holds no run"),
         ("resume strange", 1, "run.json is not of a run"),
-        ("resume torn", 1, "run.json is not of a run: KeyError('model')"),
+        ("resume torn", 1, "torn/run.json must be of this version, got one whose Language differs in model"),
+        ("evaluate torn", 1, "whose Language differs in model"),
+        ("resume older", 1, "got one whose LMConfig differs in recompute"),
+        ("resume newer", 1, "got one whose LMConfig differs in speed"),
+        ("resume other", 1, "got one whose InLoss differs in beta, rate"),
         ("evaluate spoken", 1, "spoken holds no model yet: resume it"),
         ("evaluate spoken --video a.gif", 1, "video needs an environment, and spoken"),
         ("evaluate spoken --deterministic", 1, "deterministic needs an environment, and"),
@@ -838,12 +863,22 @@ def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
         ("train ppo --task countdown", 2, "Unrecognized options: --task countdown"),
         ("train dapo --task countdown --beta 1", 2, "--beta"),
         (f"{LM} --prompts 0", 2, "prompts must be positive, got 0"),
-        (f"{LM} --device cuda:1", 2, "Expected one of ('auto', 'cpu')"),
+        (f"{LM} --device cuda:9", 1, "device cuda:9 is not there, use cpu or auto"),
+        (f"{LM} --device abacus", 1, "use cpu or auto"),
+        (f"{LM} --device cpu --precision fp16", 1, "precision must be bf16 or float32 on a CPU"),
+        (f"{LM} --precision half", 2, "--precision"),
+        (f"{LM} --top-p 2", 2, "top_p must be in (0, 1], got 2"),
+        (f"{LM} --lora -1", 2, "lora must be at least 0, got -1"),
+        (f"{LM} --reward r.py:f --reward r.py:g", 1, "--reward must be given once, with all its"),
+        (f"{LM} --reward task --reward-weights 1 2", 1, "weights must be finite numbers, one a"),
+        (f"{LM} --held-out one.jsonl", 1, "task chain-addition must be rows of data, to have held_out"),
+        ("evaluate good --samples 2", 1, "samples needs a language model, and good has none"),
+        ("evaluate good --samples 0", 2, "samples must be at least 1, got 0"),
         (f"{LM} --group-size 1", 1, "group_size must be at least 2, got 1"),
         (f"{LM} --out good", 1, "good holds a run already: resume it"),
         (f"{LM} --sft-steps 0", 1, "sft_steps must be at least 1, got 0"),
         (f"{LM} --model no/such/model", 1, "a name on the hub, got 'no/such/model'"),
-        ("train grpo --task chess", 1, "or a .jsonl file with problems, got 'chess'"),
+        ("train grpo --task chess", 1, "a .jsonl file, FILE.py:function or module:function, got 'chess'"),
         ("train grpo --task no.jsonl", 1, "no.jsonl"),
         ("train grpo --task bad.jsonl", 1, "bad.jsonl, line 1 must be a JSON object"),
         ("train grpo --task one.jsonl", 1, "has too few"),
@@ -871,12 +906,9 @@ def test_a_mistake_is_answered_without_a_traceback(line, code, complaint, here, 
     Path("one.jsonl").write_text('{"prompt": "1+1=", "answer": 2}')
     problems = ({"prompt": f"a{i}to", "answer": i} for i in range(99))
     Path("words.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    parts = {k: {} for k in ("advantage", "trust", "kl", "aggregation")}
-    asked = {"algorithm": "grpo", "seed": 0, "device": "cpu", "config": {}}
-    asked |= {"task": "countdown", "sft_steps": 1, "reward": None, "objective": parts}
-    for name, more in {"torn": {}, "spoken": {"model": None}}.items():
+    for name, facts in spoken_facts().items():
         Path(name).mkdir()
-        Path(name, "run.json").write_text(json.dumps(asked | more))
+        Path(name, "run.json").write_text(json.dumps(facts))
     fake_run("good", ROWS)
     fake_run("short", ROWS[:1])
     fake_run("empty", [])
@@ -990,9 +1022,9 @@ def test_a_model_that_was_taught_is_kept_whole_or_not_at_all(here, capsys):
 
 def test_the_tiny_model_is_that_of_the_seed_and_its_problems_come_in_its_order(here, monkeypatch):
     orders = []
-    monkeypatch.setattr(cli, "sft", lambda *args, generator: orders.append((args, generator)))
+    monkeypatch.setattr(lm_job, "sft", lambda *args, generator: orders.append((args, generator)))
     task = load_task("chain-addition")
-    cli._teach(task, 7, 5, "cpu", Path("start"))
+    lm_job._teach(task, 7, 5, torch.device("cpu"), Path("start"))
     ((model, _, prompts, answers, steps), order), = orders
     want = tiny_lm(char_tokenizer(), seed=5)
     for x, y in zip(load_lm("start")[0].parameters(), want.parameters(), strict=True):

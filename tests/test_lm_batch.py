@@ -71,6 +71,8 @@ def test_parts_are_as_large_as_they_may_be():
     found = split_rows(rows, config)
     assert [x.index.tolist() for x in found] == [[4, 5, 6, 7], [0, 1], [2, 3]]
     assert [x.rows["ids"].shape[1] for x in found] == [3, 5, 5]
+    exact = split_rows(rows, replace(config, micro_tokens=10))
+    assert [x.index.tolist() for x in exact] == [[4, 5], [6, 7], [0, 1], [2, 3]]
     one = split_rows(rows, replace(config, micro_tokens=9))
     assert [x.index.tolist() for x in one] == [[4, 5], [6, 7], [0], [1], [2], [3]]
     assert [x.group_size for x in one] == [2, 2, 1, 1, 1, 1]
@@ -110,14 +112,30 @@ def test_a_gradient_in_parts_is_that_of_the_batch(name, parts, answers):
         torch.testing.assert_close(others[key], metrics[key], rtol=1e-4, atol=1e-5)
 
 
+def test_a_part_without_tokens_leaves_the_means_of_the_others(answers):
+    steps = []
+    for parts in ({}, {"micro_batch": 1}):
+        config, accelerator = batch_config(**parts), Accelerator(cpu=True)
+        networks = ActorCritic(tiny_lm(char_tokenizer(), **SMALL))
+        batch = learnable(PRESETS["grpo"], config, answers, accelerator, tiny_lm(char_tokenizer(), **SMALL, seed=3))
+        batch["mask"] = batch["mask"].clone()
+        batch["mask"][4:8] = False
+        optimizer = torch.optim.SGD(networks.parameters(), 0.0)
+        steps.append(gradient_step(PRESETS["grpo"], config, batch, networks, optimizer, accelerator, 1.0))
+    assert steps[0].keys() == steps[1].keys() and steps[0]["kl"] > 0
+    for key, x in steps[0].items():
+        torch.testing.assert_close(steps[1][key], x, rtol=1e-4, atol=1e-6)
+
+
 def test_where_samples_leave_tokens_out_the_learner_is_asked_again(answers):
-    config, model = batch_config(top_k=2), tiny_lm(char_tokenizer(), **SMALL)
+    config, model = batch_config(top_k=2), tiny_lm(char_tokenizer(), **SMALL, seed=7)
     batch = learnable(PRESETS["dr-grpo"].for_length(12), config, answers, ALONE, policy=model)
     rows = rows_of(answers)
     with torch.no_grad():
         want = token_logprobs(model, rows["ids"], rows["mask"], attention_mask=rows["attention_mask"])
     torch.testing.assert_close(batch["logp_old"], want, rtol=0, atol=1e-5)
-    assert config.cuts and not batch_config(temperature=0.5).cuts
+    assert all(batch_config(**x).cuts for x in ({"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.1}))
+    assert not batch_config(temperature=0.5).cuts
     assert batch_config(temperature=0.5).scoring == {"temperature": 0.5, "vocabulary": None}
 
 

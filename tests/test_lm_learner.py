@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from tiny_models import MODELS, SMALL, generator, save_tiny
 from test_pretrained import adapted, dropping
 
+from po_book.data import Problems
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import (
     LMConfig, default_lm_config, make_accelerator, new_lm_learner, restore_learner, save_learner, save_lm,
@@ -19,7 +20,7 @@ from po_book.objective import PRESETS
 from po_book.pretrained import is_peft, load_lm
 from po_book.rollout import spawn_seed
 from po_book.sampling import sample
-from po_book.tasks import ChainAddition, sft
+from po_book.tasks import ChainAddition, is_held_out, sft
 from po_book.train_lm import train_lm
 
 TASK = ChainAddition(2, 3)
@@ -75,8 +76,8 @@ def test_precisions_that_a_device_does_not_have_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="precision"):
         LMConfig(precision="fp8")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device"):
-        make_accelerator("cuda:0")
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda in several processes, got cpu:0"):
+        make_accelerator("cpu:0")
 
 
 @pytest.mark.cuda
@@ -140,6 +141,54 @@ def test_computed_anew_a_run_ends_with_the_same_weights(tokenizer):
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)  # samples say their logs in float32
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_run_computes_layers_anew_if_it_was_asked_to(recompute, tokenizer):
+    model, rows = tiny_lm(tokenizer, **SMALL), []
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda _, x: rows.append(len(x[0])) if torch.is_grad_enabled() else None
+    )
+    config = replace(FEW, steps=1, micro_batch=4, recompute=recompute)
+    train_lm(model, tokenizer, TASK, by_length, "grpo", config, **QUIET)
+    # Where caches are kept, the four prompts are read apart from the sixteen completions.
+    assert rows == ([16, 16] if recompute else [4, 16])
+
+
+def test_a_run_is_sampled_and_scored_by_the_law_that_was_asked(tokenizer):
+    how = dict(eval_every=2, eval_prompts=8, eval_samples=4)
+    config = replace(FEW, top_k=1, **how)
+    greedy = train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, by_length, "dr-grpo", config, **QUIET)
+    assert [row["dead_groups"] for row in greedy.log] == [1, 1]
+    assert greedy.log[1]["pass@4"] == greedy.log[1]["success"]  # four times the same answer
+    warm = replace(FEW, top_k=3, temperature=0.7)
+    row = train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, by_length, "grpo", warm, **QUIET).log[0]
+    assert abs(row["approx_kl"]) < 1e-6 and abs(row["kl"]) < 1e-6
+
+
+def test_a_run_stops_completions_at_the_texts_it_was_given(tokenizer):
+    config = replace(FEW, stop=("1", "2", "3"), prompts=8)
+    texts = []
+
+    def reward(prompts, completions, finished, **columns):
+        texts.extend(zip(completions, finished))
+        return by_length(prompts, completions)
+
+    train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, reward, "grpo", config, **QUIET)
+    assert all(not set(text[:-1]) & {*"123"} for text, _ in texts)
+    ended = [text for text, finished in texts if finished and text[-1:] in ("1", "2", "3")]
+    assert len(ended) > 10
+
+
+def test_a_reward_is_told_which_step_it_is(tokenizer):
+    seen = []
+
+    def reward(prompts, completions, trainer_state, **columns):
+        seen.append((trainer_state.global_step, trainer_state.max_steps))
+        return by_length(prompts, completions)
+
+    train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, reward, "grpo", FEW, **QUIET)
+    assert seen == [(0, 2), (1, 2)]
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", ["auto", torch.float32], ids=str)
 def test_a_file_of_two_bytes_learns_as_one_of_four(half, dtype, tmp_path, tokenizer):
@@ -158,6 +207,32 @@ def test_in_bfloat16_every_ratio_begins_at_one_and_weights_stay_float32(tokenize
     run = train_lm(model, tokenizer, TASK, by_length, "grpo", replace(FEW, precision="bf16", lr=1e-6), **QUIET)
     assert model.dtype == torch.float32
     assert abs(run.log[0]["approx_kl"]) < 1e-5 and run.log[0]["clip_fraction"] == 0
+
+
+def test_where_everything_is_masked_nothing_is_learnt_and_no_mean_is_told(tokenizer):
+    model = tiny_lm(tokenizer, **SMALL)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(18), requires_grad=False)
+    model.lm_head.bias[tokenizer.eos_token_id] = -torch.inf  # it never ends
+    before = flat(model)
+    row = train_lm(model, tokenizer, TASK, by_length, "grpo", replace(FEW, drop_truncated=True), **QUIET).log[0]
+    assert row["truncated"] == 1 and row["grad_norm"] == 0 and torch.equal(flat(model), before)
+    assert not {"kl", "approx_kl", "clip_fraction"} & row.keys()
+
+
+def test_what_a_task_cannot_give_is_said_before_the_first_step(tokenizer):
+    rows = [{"prompt": q, "answer": "1"} for q in ("1+1=", "1+2=") if not is_held_out(q)]
+    seen = []
+    how = dict(report=seen.append, **QUIET)
+    with pytest.raises(ValueError, match="too few held-out problems: add rows"):
+        train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, Problems(rows), by_length, "grpo",
+                 replace(FEW, eval_every=2), **how)
+    chat = Problems([{"prompt": [{"role": "user", "content": "1+1="}], "answer": 2}])
+    with pytest.raises(ValueError, match="chat_template"):
+        train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, chat, by_length, "grpo", FEW, **how)
+    with pytest.raises(ValueError, match="the model's context is 32"):
+        train_lm(tiny_lm(tokenizer, **SMALL), tokenizer, TASK, by_length, "grpo",
+                 replace(FEW, max_new_tokens=30), **how)
+    assert not seen
 
 
 # Adapters
@@ -198,7 +273,13 @@ def test_ppo_with_adapters_has_a_critic_of_its_own(tokenizer):
 
 def test_a_reference_that_is_the_model_itself_cannot_be_reset(tokenizer):
     with pytest.raises(ValueError, match="reset_reference must be 0 with adapters"):
-        train_lm(adapted(), tokenizer, TASK, by_length, "grpo", replace(FEW, reset_reference=2), **QUIET)
+        train_lm(adapted(zero=True), tokenizer, TASK, by_length, "grpo", replace(FEW, reset_reference=2), **QUIET)
+
+
+def test_a_run_that_begins_with_adapters_is_measured_from_them_and_may_reset(tokenizer):
+    config = replace(FEW, steps=3, lr=1e-2, reset_reference=2)
+    log = train_lm(adapted(), tokenizer, TASK, by_length, "grpo", config, **QUIET).log
+    assert abs(log[0]["kl"]) < 1e-6 < log[1]["kl"] and abs(log[2]["kl"]) < 1e-6
 
 
 # Other tokenizers, other settings of generate
@@ -272,10 +353,19 @@ def test_a_reference_that_was_reset_comes_back(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save_learner(learner_of(0), [], tmp_path)
-    wide = tiny_lm(char_tokenizer(), width=24, layers=1, heads=2)
-    other = new_lm_learner(wide, char_tokenizer(), TASK, None, PRESETS["grpo"], FEW, 0, "cpu")
-    with pytest.raises(ValueError, match="damaged, or of another model"):
-        restore_learner(other, tmp_path)
+    for shape in (dict(width=24), dict(layers=1), dict(layers=3)):
+        model = tiny_lm(char_tokenizer(), **SMALL | shape)
+        other = new_lm_learner(model, char_tokenizer(), TASK, None, PRESETS["grpo"], FEW, 0, "cpu")
+        with pytest.raises(ValueError, match="damaged, or of another model"):
+            restore_learner(other, tmp_path)
+
+
+def test_a_checkpoint_of_two_processes_is_not_one_of_one(tmp_path):
+    save_learner(learner_of(0), [], tmp_path)
+    done = tmp_path / "checkpoint-00000000"
+    (done / "process-1.pt").write_bytes((done / "process-0.pt").read_bytes())
+    with pytest.raises(ValueError, match="is of 2 processes, this run has 1"):
+        restore_learner(learner_of(0), tmp_path)
 
 
 # Reports

@@ -1,5 +1,6 @@
 "The wheel, alone in a new environment, as a user installs it."
 
+import json
 import os
 import re
 import shlex
@@ -122,12 +123,21 @@ def test_importing_the_package_is_free(python, tmp_path):
 def test_the_commands_of_the_readme_work(python, tmp_path):
     "With a shorter training."
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^po-book .*", README, re.M)]
-    names = ["train", "resume", "evaluate", "plot", "train"]
+    names = ["train", "resume", "evaluate", "plot", "train", "train"]
     assert [words[1] for words in commands] == names
     commands[0] += ["--total-steps", "3000"]
     commands[4] += ["--sft-steps", "2", "--steps", "1", "--prompts", "4"]
+    own = " ".join(commands[5]).replace("NAME", "runs/grpo-chain-addition-0/model")
+    assert own.count(" --lora 16") == 1  # for which peft would have to be installed
+    commands[5] = shlex.split(own.replace(" --lora 16", ""))
+    commands[5] += ["--steps", "1", "--prompts", "2", "--max-new-tokens", "8"]
+    sums = [{"prompt": f"{a}+{b}=", "answer": a + b} for a in range(1, 10) for b in range(1, 10)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    (tmp_path / "mine.py").write_text(
+        "def f(prompts, completions, **columns): return [float(len(x)) for x in completions]"
+    )
     said = [run(python.parent / words[0], *words[1:], cwd=tmp_path).stdout for words in commands]
     assert "transitions; fresh episodes: mean" in said[0] and said[0] == said[1]
     assert "fresh episodes: mean" in said[2] and (tmp_path / "episode.gif").exists()
     assert (tmp_path / "curves.svg").exists()
-    assert "held-out" in said[4]
+    assert "held-out" in said[4] and "1 steps; held-out" in said[5]

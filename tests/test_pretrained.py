@@ -1,5 +1,6 @@
 "A pretrained model that learns: its numbers, its modes, its memory, its adapters."
 import copy
+import sys
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_a_file_of_two_bytes_is_loaded_as_four_and_otherwise_on_request(half, tm
     assert load_lm(tmp_path / "lm", dtype="auto")[0].dtype == half
 
 
+def test_a_loaded_model_drops_nothing_out_and_pads_on_the_left(tmp_path, tokenizer):
+    tokenizer.padding_side = "right"
+    save_lm(tmp_path / "base", tiny_lm(tokenizer, **SMALL), tokenizer)
+    save_lm(tmp_path / "adapters", adapted(base=load_lm(tmp_path / "base")[0]), tokenizer)
+    for folder in ("base", "adapters"):
+        model, its = load_lm(tmp_path / folder)
+        assert its.padding_side == "left" and not any(x.training for x in model.modules())
+
+
 def test_what_cannot_be_loaded_is_said_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="name_or_path must be a folder with a causal model.*nothing"):
         load_lm(tmp_path / "nothing")
@@ -80,6 +90,14 @@ def test_adapters_alone_are_loaded_with_the_model_they_belong_to(tmp_path, token
         assert torch.equal(scored(again, rows), scored(model.eval(), rows))
     names = [name for name, p in again.named_parameters() if p.requires_grad]
     assert names and all("lora" in name for name in names)
+
+
+def test_without_peft_adapters_say_what_to_install(tmp_path, tokenizer, monkeypatch):
+    save_lm(tmp_path / "base", tiny_lm(tokenizer, **SMALL), tokenizer)
+    save_lm(tmp_path / "adapters", adapted(base=load_lm(tmp_path / "base")[0]), tokenizer)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"adapters: pip install 'po-book\[peft\]'"):
+        load_lm(tmp_path / "adapters")
 
 
 # Numbers
@@ -163,7 +181,7 @@ def test_what_the_caller_has_switched_on_is_computed_anew_and_layers_run_twice(t
     for layer in model.model.layers:
         layer.gradient_checkpointing = True
     with learning(model):
-        graded(model, rows, 4)
+        graded(model, rows, 1)
     assert len(calls) == 2  # forward, and once more in the backward pass
     calls.clear()
     for layer in model.model.layers:
@@ -171,6 +189,16 @@ def test_what_the_caller_has_switched_on_is_computed_anew_and_layers_run_twice(t
     with learning(model):
         graded(model, rows, 1)
     assert len(calls) == 1
+
+
+def test_layers_that_could_be_computed_anew_but_are_not_read_a_prompt_once(tokenizer):
+    model, rows, read = tiny_lm(tokenizer, **SMALL), rows_of(tokenizer), []
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+    model.get_input_embeddings().register_forward_hook(lambda _, x, y: read.append(x[0].numel()))
+    with torch.no_grad():
+        scored(model, rows, group_size=4)
+    assert read == [6, 4 * (rows.ids.shape[1] - 7)]
 
 
 def test_sampling_inside_keeps_its_cache(tokenizer):
@@ -190,17 +218,42 @@ def test_a_model_without_layers_that_can_be_computed_anew_is_refused():
 # Adapters
 
 
-def test_with_adapters_off_a_model_is_the_one_it_was(tokenizer):
+def learn_something(model):
+    "As if adapters had learnt."
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=generator())
+
+
+def test_with_new_adapters_off_a_model_is_the_one_it_was(tokenizer):
     base, rows = tiny_lm(tokenizer, **SMALL), rows_of(tokenizer)
-    model = adapted(base=copy.deepcopy(base)).eval()
+    model = adapted(base=copy.deepcopy(base), zero=True).train()
+    reference = reference_of(model)
+    assert reference is model and model.training
+    learn_something(model)
+    model.eval()
     with torch.no_grad():
         want, with_adapters = scored(base, rows), scored(model, rows)
-        with as_reference(reference_of(model)):
-            off = scored(model, rows)
+        with as_reference(reference):
+            off = scored(reference, rows)
         again = scored(model, rows)
     assert torch.equal(off, want) and torch.equal(again, with_adapters)
     assert (with_adapters - want).abs().max() > 1e-3
-    assert reference_of(model) is model
+
+
+def test_adapters_that_have_learnt_are_part_of_the_reference(tokenizer):
+    model, rows = adapted(zero=False).eval(), rows_of(tokenizer)
+    reference = reference_of(model)
+    with torch.no_grad():
+        start = scored(model, rows)
+        learn_something(model)
+        with as_reference(reference):
+            kept = scored(reference, rows)
+        assert torch.equal(kept, start) and not torch.equal(scored(model, rows), start)
+    assert reference is not model and not any(p.requires_grad for p in reference.parameters())
+    with as_reference(None):
+        pass
 
 
 def test_a_reference_of_a_whole_model_is_a_frozen_copy(tokenizer):

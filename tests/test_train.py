@@ -333,6 +333,7 @@ def test_an_unknown_environment():
         ({"entropy_coef": float("nan")}, r"entropy_coef must be in \[0, inf\), got nan"),
         ({"kl_coef": float("inf")}, "kl_coef must be in"),
         ({"minibatch": 1}, "one transition has no deviation: with minibatch=1 set normalize_advantages=False"),
+        ({"minibatch": 2}, "one transition has no deviation: with minibatch=2 set normalize_advantages=False"),
         ({"clip": None, "clip_high": 0.2}, "clip_high needs a clip"),
         ({"clip_high": 0.0}, "clip_high must be positive"),
         ({"dual_clip": 1.2}, r"dual_clip must be in \(1.2, inf\), got 1.2"),

@@ -676,7 +676,7 @@ except Exception as error:
 def test_what_fails_in_one_process_ends_all_with_its_words(tmp_path):
     said = launched(tmp_path / "wrong.py", ALONE_WRONG.format(tests=str(Path(__file__).parent)))
     assert sorted(said.splitlines()) == [
-        "0 RuntimeError process 1: KeyError: 'no such word'", "1 KeyError 'no such word'"
+        "0 ChildProcessError process 1: KeyError: 'no such word'", "1 KeyError 'no such word'"
     ]  # fmt: skip
 
 
