@@ -20,6 +20,7 @@ from po_book.language_model import (
     char_tokenizer,
     check_sampling,
     encode,
+    enumerate_completions,
     log_distribution,
     next_logits,
     pack,
@@ -618,3 +619,20 @@ def test_values_are_float32_where_products_are_bfloat16():
     want = states.float() @ critic.head.weight[0]
     assert values.dtype == torch.float32
     torch.testing.assert_close(values, want, rtol=1e-6, atol=1e-6)
+
+
+def test_no_prompt_is_shared_where_one_layer_forgets_its_cache(tokenizer):
+    "A layer that is computed anew in the backward pass keeps no keys and values."
+    model = tiny_lm(tokenizer, **SMALL)
+    rows = pack([[5, 6, 7]] * 2 + [[9]] * 2, [[8, 9], [9], [4, 1], [5, 5]], 0)
+    plain = scored(model, rows).detach()
+    model.gradient_checkpointing_enable()
+    for i, layer in enumerate(model.model.layers):
+        layer.train(i == 1)
+    torch.testing.assert_close(scored(model, rows, group_size=2), plain, atol=1e-5, rtol=0)
+
+
+def test_every_completion_ends_with_a_stop_or_is_cut_off():
+    every = [[1], [5, 1], [6, 1], [5, 5], [5, 6], [6, 5], [6, 6]]
+    assert enumerate_completions([5, 6], 1, 2) == every
+    assert enumerate_completions([5, 6], 1, 0) == [[]]

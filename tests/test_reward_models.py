@@ -813,7 +813,7 @@ def test_a_judge_is_asked_for_a_mark_up_to_ten():
         ("7, since 2 OF 3 are right", 0.7),
         ("7, from 0 TO 10", 0.7),
         ("2 sums of 3: 7/10. 4 stars", 0.7),
-        ("<think>3</think>no<think>4</think>7", 0.7),
+        ("<think>3</think>no<think>Score: 4</think>7", 0.7),
     ],
 )
 def test_the_mark_is_told_from_other_numbers(answer, want):
