@@ -227,7 +227,7 @@ def _key(prompt: Prompt) -> str:
 def _written(x: Any) -> str:
     return json.dumps(x, default=str, sort_keys=True)
 
-
+# %% ../nbs/42a_data.ipynb #b8867090
 def _check_columns(problems: list[_Problem]) -> None:
     "Refuse other columns than those of the first, and names that rewards have."
     taken = {"prompts", "completions", "completion_ids", "finished", "trainer_state"}

@@ -141,16 +141,11 @@ def fit_reward_model(
     It leaves no gradients behind.
 
     Raises: `ValueError` if there are no pairs, if prompts and responses do not pair up,
-    if no weight may learn or one has fewer bits than float32, and as `minimise` does.
+    and as `minimise` does.
     """
     sizes = [len(prompts), len(chosen), len(rejected)]
     paired = len(prompts) > 0 and len({*sizes}) == 1
     require(paired, "prompts, chosen and rejected", "lists that pair up", sizes)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    kinds = {p.dtype for p in weights}
-    exact = kinds and all(torch.finfo(kind).bits >= 32 for kind in kinds)
-    got = ", ".join(map(str, kinds)) or "none that learn"
-    require(exact, "weights of the reward model", "float32 (see model.float())", got)
 
     def loss(pairs: Tensor) -> Tensor:
         q, good, bad = (
@@ -161,7 +156,9 @@ def fit_reward_model(
 
     settings = dict(anneal=True, generator=generator)
     try:
-        return minimise(loss, weights, len(prompts), steps, batch_size, lr, **settings)
+        return minimise(
+            loss, model.parameters(), len(prompts), steps, batch_size, lr, **settings
+        )
     finally:
         model.zero_grad()
 

@@ -69,7 +69,7 @@ def _name(reward: Reward) -> str:
         reward = reward.func
     return getattr(reward, "__name__", type(reward).__name__)
 
-
+# %% ../nbs/43_rewards.ipynb #e7b99e2c
 def _check_lengths(data: Mapping[str, Any]) -> None:
     "Refuse columns that do not have one entry a row."
     rows = len(data["prompts"])

@@ -216,14 +216,19 @@ def minimise(
 
     Their gradients are empty before the first step and after the last.
 
-    Raises: `ValueError` if a number of something, or the rate, makes no sense.
+    Raises: `ValueError` if a number of something, or the rate, makes no sense, and if
+    no weight learns or one has fewer bits than float32.
     """
     check_whole(examples=examples, steps=steps, batch_size=batch_size)
     check_at_least(0, steps=steps)
     check_at_least(1, examples=examples, batch_size=batch_size)
     check_in("(0, inf)", lr=lr)
     check_in("(0, inf]", max_grad_norm=max_grad_norm)
-    parameters, losses = list(parameters), []
+    parameters, losses = [p for p in parameters if p.requires_grad], []
+    kinds = {p.dtype for p in parameters}
+    exact = kinds and all(torch.finfo(kind).bits >= 32 for kind in kinds)
+    got = ", ".join(map(str, kinds)) or "none that learn"
+    require(exact, "weights", "float32 (see float32_masters)", got)
     optimizer = torch.optim.AdamW(parameters, lr)
     optimizer.zero_grad()  # whatever the caller has left there
     for step in range(steps):

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoint import check_asked, lock_folder, write_asked, write_table
+from .checks import require
 from .language_model import encode
 from .lm_batch import Answers, all_or_none, collect, for_all, grade
 from po_book.lm_learner import (
@@ -289,8 +290,8 @@ def train_lm(
     cannot be written, with its last checkpoint as it was; `NoSignal` if no informative
     groups are found; `Diverged` if a number is not finite.
     """
-    if resume and out is None:
-        raise ValueError("out must be the folder of the run to resume, got None")
+    known = not resume or out is not None
+    require(known, "out", "the folder of the run to resume", out)
     objective = find_objective(objective)
     config = default_lm_config(objective, model) if config is None else config
     config = replace(config, vocabulary=config.vocabulary or len(tokenizer))
@@ -302,14 +303,13 @@ def train_lm(
     _check_task(run, tokenizer, task)
     what = run.objective, config, seed, device
     learner = new_lm_learner(model, tokenizer, task, reward, *what)
-    main = learner.accelerator.is_main_process
+    progress = progress and learner.accelerator.is_main_process
     with _owned(learner.accelerator, out), learning(learner.networks, config.recompute):
         if resume:
             run.log.extend(restore_learner(learner, out))
         elif out is not None:
             for_all(learner.accelerator, lambda: write_asked(out, facts))
-        known = dict(total=config.steps, initial=len(run.log), unit=" steps")
-        show = dict(known, disable=not (progress and main))
-        with tqdm(**show) as bar, _explained(run, out):
+        size = dict(total=config.steps, initial=len(run.log), unit=" steps")
+        with tqdm(**size, disable=not progress) as bar, _explained(run, out):
             _loop(run, learner, out, bar, report)
     return run

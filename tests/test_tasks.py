@@ -550,3 +550,21 @@ def test_fine_tuning_reads_no_columns_of_padding(tokenizer):
     prompts, answers = ["1+2+3+4=", "1=", "2+2="], ["3,6,10", "11,11,11,11", "4"]
     sft(model, tokenizer, prompts, answers, 12, 1, generator=generator())
     assert read == {(1, len(q) + len(o) + 1) for q, o in zip(prompts, answers)}
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_fine_tuning_refuses_weights_that_could_not_move(half):
+    tokenizer = char_tokenizer()
+    model = tiny_lm(tokenizer, width=16, layers=1, heads=2).to(half)
+    with pytest.raises(ValueError, match=rf"weights must be float32 \(see float32_masters\), got {half}"):
+        sft(model, tokenizer, ["1+1="], ["2"], 1)
+    model.float().requires_grad_(False)
+    with pytest.raises(ValueError, match="weights must be float32.*none that learn"):
+        sft(model, tokenizer, ["1+1="], ["2"], 1)
+
+
+def test_frozen_weights_may_be_of_two_bytes():
+    learns = torch.nn.Parameter(torch.ones(3))
+    frozen = torch.nn.Parameter(torch.ones(3).bfloat16(), requires_grad=False)
+    losses = minimise(lambda rows: (learns * frozen).sum(), [frozen, learns], 1, 2, 1, 0.1)
+    assert losses[1] < losses[0] and torch.equal(frozen, torch.ones(3).bfloat16())
