@@ -189,6 +189,7 @@ def _evaluate(run: LMRun, learner: LMLearner, step: int) -> dict[str, float]:
 # %% ../nbs/49_small_lm.ipynb #34e4575b
 def _check_task(run: LMRun, tokenizer: "PreTrainedTokenizerBase", task: Task) -> None:
     "Refuse a task that could not be asked, or scored later on."
+    pad_token_id(tokenizer)
     first = encode(tokenizer, task.take(1, 0, run.seed))
     check_fit(run.model, first, run.config.max_new_tokens)
     if run.config.eval_every:
@@ -280,8 +281,8 @@ def train_lm(
 ) -> LMRun:
     """Let `model` learn from rewards.
 
-    Of several processes, which accelerate has started, the main one shows, reports and
-    saves. A `report` that returns False ends the run after its step.
+    Of several processes the main one shows, reports and saves. A `report` that returns
+    False ends the run.
 
     Raises: `ValueError` if the objective and the settings do not fit together, or the
     device or the model is not one that can learn so; if a reward is missing or not
@@ -290,8 +291,7 @@ def train_lm(
     cannot be written, with its last checkpoint as it was; `NoSignal` if no informative
     groups are found; `Diverged` if a number is not finite.
     """
-    known = not resume or out is not None
-    require(known, "out", "the folder of the run to resume", out)
+    require(out or not resume, "out", "the folder of the run to resume", out)
     objective = find_objective(objective)
     config = default_lm_config(objective, model) if config is None else config
     config = replace(config, vocabulary=config.vocabulary or len(tokenizer))
@@ -299,10 +299,9 @@ def train_lm(
     out, facts = out and Path(out), _asked(run, task, asked or {})
     if resume:
         check_asked(out, facts, _FREE)
-    pad_token_id(tokenizer)
     _check_task(run, tokenizer, task)
-    what = run.objective, config, seed, device
-    learner = new_lm_learner(model, tokenizer, task, reward, *what)
+    what = tokenizer, task, reward, run.objective, config, seed, device
+    learner = new_lm_learner(model, *what)
     progress = progress and learner.accelerator.is_main_process
     with _owned(learner.accelerator, out), learning(learner.networks, config.recompute):
         if resume:
