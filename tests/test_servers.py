@@ -2,7 +2,11 @@
 import copy
 import json
 import math
+import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -448,6 +452,36 @@ def test_where_the_learner_scores_again_the_log_says_how_far_it_is():
     assert "mismatch" not in run(None).log[0]
     rounded = run(None, tiny_config(**vars_of(CONFIG) | {"precision": "bf16"})).log[0]
     assert 0 < rounded["mismatch"] < 0.05
+
+
+SHARED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch, test_servers as t
+
+torch.set_num_threads(1)
+first = os.environ["RANK"] == "0"
+there = t.ServerSampler({url!r}, "tiny", reload="sglang" if first else None, folder={folder!r})
+done = t.run(there)
+print("largest %r\\n" % max(row["mismatch"] for row in done.log), end="", flush=True)
+"""
+
+
+def test_two_processes_share_a_server(small_server, tmp_path):
+    "One gives it weights, both wait for that, and each asks with its own seeds."
+    here = str(Path(__file__).parent)
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED.format(tests=here, url=small_server.url, folder=str(tmp_path / "w")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    mismatches = [float(x) for x in re.findall(r"largest (\S+)", done.stdout)]
+    assert len(mismatches) == 2 and max(mismatches) < 1e-5  # so the weights were the new ones
+    paths = [path for path, *_ in small_server.asked]
+    assert paths == (["/update_weights_from_disk"] + ["/v1/completions"] * 8) * 3
+    seeds = [body["seed"] for _, body, _ in small_server.asked if "seed" in body]
+    assert len(set(seeds)) == 24
 
 
 def vars_of(config):
