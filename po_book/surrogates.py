@@ -136,7 +136,7 @@ def sapo_surrogate(
     _check_data(logp, logp_old, advantages)
     check_in("(0, inf)", tau_pos=tau_pos, tau_neg=tau_neg)
     rho = ratio(logp, logp_old)
-    tau = torch.where(advantages > 0, tau_pos, tau_neg).to(rho.dtype)
+    tau = torch.full_like(rho, tau_neg).masked_fill(advantages > 0, tau_pos)
     return 4 / tau * (tau * (rho - 1)).sigmoid() * advantages
 
 # %% ../nbs/47a_surrogates.ipynb #10adc3f0
