@@ -39,6 +39,7 @@ from po_book import (
     reward_models,
     rlhf,
     rollout,
+    surrogates,
     tasks,
     tensor_env,
     trust_region,
@@ -91,6 +92,18 @@ def blocks():
 
 def rows(x):
     return *tokens(x), blocks()
+
+
+def one_each(x):
+    "Rows whose advantages are those of their response."
+    logp, logp_old, advantages, mask = rows(x)
+    return logp, logp_old, advantages[:, :1].expand(4, 3), mask
+
+
+def likely(x):
+    "As `tokens`, of tokens that have a probability."
+    logp, logp_old, advantages = tokens(x)
+    return -logp.abs(), -logp_old.abs(), advantages
 
 
 def ppo_columns(x):
@@ -492,6 +505,20 @@ CALLS = {
     ),
     "rlhf.rlhf_batch": rlhf,
     "rollout.episode_returns": episodes,
+    "surrogates.sequence_ratio": lambda x: surrogates.sequence_ratio(
+        x(4, 3), x(4, 3, seed=1), blocks()
+    ),
+    **{
+        f"surrogates.{f.__name__}": lambda x, f=f: f(*one_each(x), 0.2, 0.3)
+        for f in (surrogates.gspo_surrogate, surrogates.gmpo_surrogate)
+    },
+    "surrogates.cispo_surrogate": every(
+        lambda x, *low: surrogates.cispo_surrogate(*tokens(x), 0.3, *low), (), (0.2,)
+    ),
+    "surrogates.sapo_surrogate": lambda x: surrogates.sapo_surrogate(*tokens(x)),
+    "surrogates.dppo_surrogate": every(
+        lambda x, kind: surrogates.dppo_surrogate(*likely(x), divergence=kind), ("tv",), ("kl",)
+    ),
     "tasks.minimise": minimised,
     "tensor_env.cartpole_motion": lambda x: tensor_env.cartpole_motion(
         x(5, 4), torch.arange(5) % 2
