@@ -31,7 +31,7 @@ from po_book.tokens import (
 # %% ../nbs/48_objective.ipynb #6f6b8f19
 @dataclass(frozen=True)
 class Objective:
-    """The choices of {eq}`eq-unified-objective`.
+    """What a method chooses.
 
     Raises: `ValueError` that names the choice that is not of its kind, or that does not
     fit the others.
@@ -59,6 +59,12 @@ class Objective:
         of = type(self.trust).__name__
         rule = f"one number a response with {of}, whose ratio is that of a response"
         require(fits, "advantage", rule, self.advantage)
+
+    @property
+    def words(self) -> dict[str, str]:
+        "The choices in words, and the numbers that are not zero."
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: _words(x) for name, x in parts.items() if x}
 
     @property
     def quiet(self) -> bool:
@@ -184,9 +190,14 @@ PRESETS: dict[str, Objective] = {
 }
 
 # %% ../nbs/48_objective.ipynb #41bd51e9
+def _words(x: Choice | float) -> str:
+    "A choice or a number in words."
+    return x.words if isinstance(x, Choice) else f"{x:g}"
+
+
 def _change(a: Choice | float, b: Choice | float) -> str:
     "From one choice to another: in words, or in full where the words are equal."
-    before, after = (getattr(x, "words", f"{x}") for x in (a, b))
+    before, after = _words(a), _words(b)
     return f"{before} → {after}" if before != after else f"{a!r} → {b!r}"
 
 # %% ../nbs/48_objective.ipynb #e0b66c34

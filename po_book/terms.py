@@ -192,21 +192,21 @@ class Banded(Correction):
     Source: Ling team 2025 (IcePop).
     """
 
-    low: float = 0.5     # smallest weight that counts
-    high: float = 5.0    # largest
+    floor: float = 0.5   # $C_{min}$, smallest weight that counts
+    cap: float = 5.0     # $C_{max}$, largest
     whole: bool = False  # of the whole response; else of each token
-    limits = {"low": "[0, 1]", "high": "[1, inf]"}
+    limits = {"floor": "[0, 1]", "cap": "[1, inf]"}
 
     @property
     def words(self) -> str:
         "The choice in words."
         of = "of the response" if self.whole else "of the token"
-        band = f"{self.low:g} to {self.high:g}"
+        band = f"{self.floor:g} to {self.cap:g}"
         return f"ratio {of}, old policy over sampler, masked outside {band}"
 
     def __call__(self, tokens: Tokens) -> Float[Tensor, "N L"]:
         "Weight of every token. Raises: `ValueError` without `logp_sampler`."
-        sampler, band = tokens.given("logp_sampler", self), (self.low, self.high)
+        sampler, band = tokens.given("logp_sampler", self), (self.floor, self.cap)
         return band_weights(tokens.logp_old, sampler, tokens.mask, *band, self.whole)
 
 # %% ../nbs/47e_terms.ipynb #ba6aa74d
