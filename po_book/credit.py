@@ -43,6 +43,8 @@ class Choice:
                 require(isinstance(x, bool), f.name, "True or False", repr(x))
             elif f.name in self.limits and (x is not None or f.default is not None):
                 check_in(self.limits[f.name], **{f.name: x})
+                if f.type in (int, int | None):
+                    check_whole(**{f.name: x})
 
 # %% ../nbs/47c_credit.ipynb #fff43987
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .checks import check_whole, require
+from .checks import require
 from .credit import Choice
 from .grpo import token_weights
 from .kl import kl_estimate
@@ -221,11 +221,6 @@ class Aggregation(Choice):
     how: Literal["sample", "token", "constant"] = "token"
     max_len: int | None = None  # divides with constant; None: the longest allowed
     limits = {"max_len": "[1, inf)"}
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_len is not None:
-            check_whole(max_len=self.max_len)
 
     @property
     def words(self) -> str:
