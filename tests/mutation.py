@@ -826,6 +826,18 @@ FAULTS = [
     Fault("exceeds-equal", "verify.py", "if not (a > b).all():", "if not (a >= b).all():", "test_verify.py"),
     Fault("exceeds-any", "verify.py", "if not (a > b).all():", "if not (a > b).any():", "test_verify.py"),
     Fault("exceeds-mean", "verify.py", "nearest = (a - b).argmin()", "nearest = (a - b).argmax()", "test_verify.py"),
+    # The sampler is not the learner
+    Fault("mismatch-sign", "mismatch.py", "return old - sampler", "return sampler - old", "test_mismatch.py"),
+    Fault("mismatch-mask", "mismatch.py", "torch.zeros_like(log_ratio)) * mask", "torch.zeros_like(log_ratio))", "test_mismatch.py"),
+    Fault("mismatch-whole", "mismatch.py", "log_ratio.sum(-1, keepdim=True)", "log_ratio.mean(-1, keepdim=True)", "test_mismatch.py"),
+    Fault("mismatch-cut", "mismatch.py", "return ratio(log_ratio, torch.zeros_like(log_ratio)) * mask", "return log_ratio.exp() * mask", "test_mismatch.py"),
+    Fault("mismatch-cap", "mismatch.py", "clamp(max=cap)", "clamp(min=1 / cap, max=cap)", "test_mismatch.py"),
+    Fault("mismatch-edge", "mismatch.py", "(w >= low) & (w <= high)", "(w > low) & (w < high)", "test_mismatch.py"),
+    Fault("mismatch-band", "mismatch.py", "torch.where((w >= low) & (w <= high), w, 0)", "w.clamp(low, high) * (w > 0)", "test_mismatch.py"),
+    Fault("mismatch-abs", "mismatch.py", "log_ratio.abs().clamp(max=MAX_LOG_RATIO)", "log_ratio.abs()", "test_mismatch.py"),
+    Fault("mismatch-direction", "mismatch.py", "approx_kl(log_ratio, torch.zeros_like(log_ratio))", "approx_kl(torch.zeros_like(log_ratio), log_ratio)", "test_mismatch.py"),
+    Fault("mismatch-impossible", "mismatch.py", "old.masked_fill(old == -torch.inf, 0)", "old", "test_mismatch.py"),
+    Fault("mismatch-limit", "mismatch.py", "distance <= limit", "distance < limit + 1", "test_mismatch.py"),
 ]  # fmt: skip
 
 

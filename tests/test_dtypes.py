@@ -30,6 +30,7 @@ from po_book import (
     lm_batch,
     lm_step,
     mdp,
+    mismatch,
     multi_agent,
     natural_gradient,
     objective,
@@ -370,6 +371,13 @@ CALLS = {
         mdp.enumerate_trajectories(process(), x.chances(3, 2), 2)
     ),
     "mdp.sample_trajectories": sampled,
+    **{
+        f"mismatch.{f.__name__}": every(
+            lambda x, whole, f=f: f(*tokens(x)[:2], blocks(), whole=whole), (False,), (True,)
+        )
+        for f in (mismatch.truncated_weights, mismatch.band_weights)
+    },
+    "mismatch.mismatch_metrics": lambda x: mismatch.mismatch_metrics(*tokens(x)[:2], blocks()),
     "multi_agent.joint_policy": lambda x: multi_agent.joint_policy(two(x)),
     "multi_agent.agent_advantages": lambda x: multi_agent.agent_advantages(
         x(3, 2, 2), two(x), (1, 0)
