@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 
 from .checkpoint import check_asked, lock_folder, write_asked, write_table
 from .checks import describe, require
+from .credit import Choice
 from .language_model import Prompt, encode
 from .lm_batch import Answers, all_or_none, collect, for_all, grade
 from po_book.lm_learner import (
-    LMConfig, LMLearner, default_lm_config, find_objective, fit_objective,
+    LMConfig, LMLearner, default_lm_config, find_objective, fit_config, fit_objective,
     new_lm_learner, restore_learner, save_learner, save_lm,
 )
 from .lm_step import gradient_step, learnable
@@ -89,9 +90,10 @@ def _answers(run: LMRun, learner: LMLearner, n: int) -> Answers:
 # %% ../nbs/49_small_lm.ipynb #0051a2ad
 def _collect(run: LMRun, learner: LMLearner) -> tuple[Answers, dict[str, float]]:
     "The answers of a batch."
-    only = getattr(run.objective.advantage, "informative_only", False)
-    pad = pad_token_id(learner.tokenizer)
-    return collect(lambda n: _answers(run, learner, n), run.config, only, pad)
+    selection, pad = run.objective.selection, pad_token_id(learner.tokenizer)
+    dead = run.log[-1].get("dead_groups", 0.0) if run.log else 0.0
+    how = run.config, selection, pad, dead
+    return collect(lambda n: _answers(run, learner, n), *how)
 
 # %% ../nbs/49_small_lm.ipynb #ef9b07d2
 def _scores_again(run: LMRun, learner: LMLearner) -> bool:
@@ -166,7 +168,8 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
     batch = _batch(run, learner, answers)
     facts |= _mismatch(run, learner, answers, batch)
     metrics = _improve(run, learner, batch)
-    if config.reset_reference and step % config.reset_reference == 0:
+    every = run.objective.kl.reset_every
+    if every and step % every == 0:
         _reset(learner)
     seconds = perf_counter() - start
     all_or_none(learner.accelerator, lambda: _check_finite(metrics))
@@ -251,6 +254,7 @@ def _asked(run: LMRun, task: Task, more: dict) -> dict[str, Any]:
     facts["config"] = asdict(run.config)
     facts["objective"] = {
         f.name: {"is": type(choice).__name__} | asdict(choice)
+        if isinstance(choice, Choice) else choice
         for f in fields(run.objective)
         for choice in [getattr(run.objective, f.name)]
     }
@@ -295,7 +299,7 @@ def _loop(
         stopped = any(gather_object([says is False]))
         done, going = len(run.log), len(run.log) < config.steps and not stopped
         if out is not None and (not going or done % config.checkpoint_every == 0):
-            save_learner(learner, run.log, out, bool(config.reset_reference))
+            save_learner(learner, run.log, out, bool(run.objective.kl.reset_every))
             for_all(learner.accelerator, lambda: write_table(out / "log.csv", run.log))
     if out is not None:
         what = out / "model", learner.policy, learner.tokenizer
@@ -338,6 +342,7 @@ def train_lm(
     objective = find_objective(objective)
     config = default_lm_config(objective, model) if config is None else config
     config = replace(config, vocabulary=config.vocabulary or len(tokenizer))
+    config = fit_config(objective, config)
     run = LMRun(fit_objective(objective, config), config, seed, model, sampler=sampler)
     _check_sampler(sampler)
     out, facts = out and Path(out), _asked(run, task, asked or {})
