@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,11 @@ from tiny_server import TinyServer
 from po_book import train_lm as module
 from po_book.language_model import char_tokenizer, enumerate_completions, pack, tiny_lm, toy_lm
 from po_book.lm_learner import tiny_config
+from po_book.objective import PRESETS
 from po_book.sampling import Request, ask_sampler, join, sample
 from po_book.servers import ServerSampler
 from po_book.tasks import ChainAddition
+from po_book.terms import Banded, NoCorrection, Truncated
 from po_book.train_lm import train_lm
 
 PROMPTS = ["3+8+5=", "9=", "1+1+1+1="]
@@ -320,10 +323,10 @@ def small(seed=0):
     return tiny_lm(char_tokenizer(), width=32, layers=2, heads=2, context=32, seed=seed)
 
 
-def run(there, config=CONFIG, start=None, **settings):
-    how = {"progress": False, "device": "cpu"} | settings
+def run(there, config=CONFIG, start=None, objective="grpo", **settings):
+    how = {"progress": False, "device": "cpu", "sampler": there} | settings
     start = small() if start is None else start
-    return train_lm(start, char_tokenizer(), TASK, count_ones, "grpo", config, sampler=there, **how)
+    return train_lm(start, char_tokenizer(), TASK, count_ones, objective, config, **how)
 
 
 def weights(model):
@@ -378,6 +381,25 @@ def test_a_stale_server_shows_in_the_log(small_server):
     small_server.model = shaken(small(), scale=0.05)
     row = run(sampler(small_server)).log[0]
     assert 0.01 < row["mismatch"] < 1 and row["mismatch_kl"] > 1e-4 and row["mismatch_ratio"] > 1.05
+
+
+@pytest.mark.parametrize("correction", [Truncated(), Banded(), Truncated(whole=True)])
+def test_a_correction_is_one_where_the_server_is_the_learner(small_server, tmp_path, correction):
+    there = sampler(small_server, reload="sglang", folder=tmp_path)
+    plain, corrected = (
+        run(there, objective=replace(PRESETS["grpo"], correction=x)).model
+        for x in (NoCorrection(), correction)
+    )
+    torch.testing.assert_close(weights(plain), weights(corrected), rtol=0, atol=1e-5)
+
+
+def test_a_correction_weighs_the_samples_of_a_stale_server(small_server):
+    "A band that holds no ratio but one leaves nothing to learn from."
+    small_server.model = shaken(small(), scale=0.05)
+    there, start = sampler(small_server), small()
+    before = weights(start).clone()
+    narrow = replace(PRESETS["dr-grpo"], correction=Banded(1.0, 1.0))
+    assert torch.equal(weights(run(there, start=start, objective=narrow).model), before)
 
 
 def test_a_server_that_dies_ends_the_run_and_it_goes_on_when_it_is_back(small_server, tmp_path):
