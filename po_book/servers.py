@@ -99,7 +99,7 @@ class ServerSampler:
 
     def __init__(
         self,
-        url: str,         # such as http://localhost:8000, without /v1
+        url: str,         # such as http://localhost:8000
         model_name: str,  # as the server calls its model
         *,
         reload: Literal["vllm", "sglang"] | Callable[[Path], None] | None = None,
@@ -114,9 +114,11 @@ class ServerSampler:
         """`reload` says how the server is given weights: in the words of an engine, or
         by a function of the folder; None: by somebody else.
 
-        Raises: `ValueError` if a number makes no sense, if `reload` is unknown, or if
-        it has no `folder`.
+        Raises: `ValueError` if `url` is no address, if a number makes no sense, if
+        `reload` is unknown, or if it has no `folder`.
         """
+        address = isinstance(url, str) and url.startswith(("http://", "https://"))
+        require(address, "url", "an address with http:// or https://", repr(url))
         check_whole(tries=tries, at_once=at_once)
         check_at_least(1, tries=tries, at_once=at_once)
         check_positive(timeout=timeout)
@@ -125,7 +127,7 @@ class ServerSampler:
             check_known(_RELOADS, reload=reload)
         fits = reload is None or folder is not None
         require(fits, "folder", "one that the server reads too", folder)
-        self.url, self.model_name = url.rstrip("/"), model_name
+        self.url, self.model_name = url.rstrip("/").removesuffix("/v1"), model_name
         self.reload, self.folder = reload, folder and Path(folder)
         self.processed, self.at_once, self.loads = processed, at_once, 0
         self.tries, self.pause, self.timeout = tries, pause, timeout

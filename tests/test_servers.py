@@ -304,6 +304,15 @@ def test_bad_settings_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make(**settings)
+    for url in "localhost:8000", 8000:
+        with pytest.raises(ValueError, match="url must be an address with http:// or https://, got"):
+            ServerSampler(url, "tiny")
+
+
+@pytest.mark.parametrize("tail", ["/", "/v1", "/v1/"])
+def test_an_address_may_have_its_usual_end(server, learner, tokenizer, tail):
+    there = ServerSampler(server.url + tail, "tiny", **QUICK)
+    assert len(ask_sampler(there, learner, tokenizer, ["9="], Request(2, 6)).ids) == 2
 
 
 # Whole runs
