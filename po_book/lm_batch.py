@@ -49,7 +49,7 @@ class BatchConfig:
     max_draws: int = 10        # calls of the sampler for a batch that a selection keeps
     oversample: float = 3.0    # groups of such a call at most, over `prompts`
     drop_truncated: bool = False  # leave completions that were cut off out of the loss
-    overlong_cache: int | None = None  # last tokens that cost; 0: none, None: a method's
+    overlong_cache: int | None = None  # last tokens that cost; None: as a method says
 
     def __post_init__(self):
         "Raises: `ValueError` if a number of something, or the temperature, is wrong."

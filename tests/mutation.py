@@ -504,7 +504,7 @@ FAULTS = [
     Fault("weight-band", "tokens.py", "low = 1.0 if self.low is None else self.low", "low = 0.0 if self.low is None else self.low", "test_objective.py"),
     Fault("geometric-band", "tokens.py", "outside = (away < -self.low) | (away > self.high)", "outside = away > self.high", "test_objective.py"),
     Fault("probability-band", "tokens.py", "(moved.abs() > self.delta)", "(moved > self.delta)", "test_objective.py"),
-    Fault("choice-stale", "terms.py", "old = at.logp_old if self.corrected else None", "old = None", "test_objective.py"),
+    Fault("choice-stale", "terms.py", "old = tokens.logp_old if self.corrected else None", "old = None", "test_objective.py"),
     Fault("choice-kind", "terms.py", "self._estimate(tokens.logp, logp_ref, self.kind, tokens)", 'self._estimate(tokens.logp, logp_ref, "k3", tokens)', "test_objective.py"),
     Fault("choice-price", "terms.py", "return kl_rewards(rewards, logp, logp_ref, mask, self.beta)", "return kl_rewards(rewards, logp, logp_ref, mask, 0.05)", "test_objective.py"),
     Fault("choice-weight", "terms.py", "return self.beta * self._estimate", "return 0.04 * self._estimate", "test_objective.py"),
