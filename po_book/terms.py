@@ -132,8 +132,10 @@ class InLoss(Reference):
         logp_ref = tokens.given("logp_ref", self)
         return self._estimate(tokens.logp.detach(), logp_ref, "k3", tokens)
 
-    def _estimate(self, logp: Tensor, logp_ref: Tensor, kind: str, at: Tokens) -> Tensor:
-        old = at.logp_old if self.corrected else None
+    def _estimate(
+        self, logp: Tensor, logp_ref: Tensor, kind: str, tokens: Tokens
+    ) -> Tensor:
+        old = tokens.logp_old if self.corrected else None
         return kl_estimate(logp, logp_ref, kind, old)
 
 # %% ../nbs/47e_terms.ipynb #2a97c2a3
@@ -181,8 +183,8 @@ class Truncated(Correction):
 
     def __call__(self, tokens: Tokens) -> Float[Tensor, "N L"]:
         "Weight of every token. Raises: `ValueError` without `logp_sampler`."
-        sampler = tokens.given("logp_sampler", self)
-        return truncated_weights(tokens.logp_old, sampler, tokens.mask, self.cap, self.whole)
+        sampler, how = tokens.given("logp_sampler", self), (self.cap, self.whole)
+        return truncated_weights(tokens.logp_old, sampler, tokens.mask, *how)
 
 # %% ../nbs/47e_terms.ipynb #d555021c
 @dataclass(frozen=True)
@@ -206,8 +208,9 @@ class Banded(Correction):
 
     def __call__(self, tokens: Tokens) -> Float[Tensor, "N L"]:
         "Weight of every token. Raises: `ValueError` without `logp_sampler`."
-        sampler, band = tokens.given("logp_sampler", self), (self.floor, self.cap)
-        return band_weights(tokens.logp_old, sampler, tokens.mask, *band, self.whole)
+        sampler = tokens.given("logp_sampler", self)
+        how = self.floor, self.cap, self.whole
+        return band_weights(tokens.logp_old, sampler, tokens.mask, *how)
 
 # %% ../nbs/47e_terms.ipynb #ba6aa74d
 @dataclass(frozen=True)
