@@ -37,6 +37,7 @@ def candidates(model, tokenizer, prompts: list[str], ends: bool) -> dict[str, Ca
     repeated = [prompt for prompt in prompts for _ in range(GROUP)]
     inputs = tokenizer(repeated, return_tensors="pt", padding=True)
     ids, real = inputs.input_ids, inputs.attention_mask
+    asked = tokenizer(prompts).input_ids
     options = dict(do_sample=True, top_k=0, max_new_tokens=NEW, eos_token_id=eos, pad_token_id=0)
 
     @torch.no_grad()
@@ -61,7 +62,7 @@ def candidates(model, tokenizer, prompts: list[str], ends: bool) -> dict[str, Ca
     return {
         "generate": lambda: model.generate(ids, attention_mask=real, **options),
         "bare loop": loop,
-        "po_book sample": lambda: sample(model, tokenizer, prompts, GROUP, NEW),
+        "po_book sample": lambda: sample(model, tokenizer, asked, GROUP, NEW),
     }
 
 
