@@ -9,6 +9,7 @@ __all__ = ['branch_out', 'Samples', 'sample', 'join']
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -68,6 +69,145 @@ class _Texts:
         "The last hidden states after one token more in every row."
         self.real = nn.functional.pad(self.real, (0, 1), value=True)
         return hidden_states(self.model, tokens[:, None], self.real, self.cache)[:, -1]
+
+# %% ../nbs/41_sampling.ipynb #e8c1e3c0
+class _LlamaTexts(_Texts):
+    "The same for a model that is built like a Llama, with less around every token."
+
+    def __init__(self, model: "PreTrainedModel", prompt: Sequences, room: int):
+        super().__init__(model, prompt, room)
+        self.kept = [[x.keys, x.values] for x in self.cache.layers]
+        self.positions = self.real.sum(1, keepdim=True) - 1
+        hidden = torch.zeros_like(self.real, dtype=self.kept[0][0].dtype)
+        self.padding = hidden.masked_fill_(~self.real, -torch.inf)[:, None]
+        self.layers = [_functions(layer) for layer in trunk(model).layers]
+        del self.cache
+
+    def choose(self, rows: Int[Tensor, "R"], most: int) -> None:
+        self.kept = [[self._chosen(x, rows, most) for x in kv] for kv in self.kept]
+        parts = (x[rows] for x in (self.real, self.positions, self.padding))
+        self.real, self.positions, self.padding = parts
+
+    def _chosen(self, x: Tensor, rows: Tensor, most: int) -> Tensor:
+        "In place where there is room; else in a tensor with room for 64 tokens more."
+        length = self.padding.shape[-1]
+        read = x[: len(self), :, :length].index_select(0, rows)
+        if len(rows) > len(x) or length == x.shape[2]:
+            width = min(length + 64, self.longest)
+            x = x.new_empty(most, x.shape[1], width, x.shape[3])
+        x[: len(rows), :, :length] = read
+        return x
+
+    def read(self, tokens: Int[Tensor, "R"]) -> Float[Tensor, "R D"]:
+        if self.padding.shape[-1] == self.kept[0][0].shape[2]:
+            self.choose(torch.arange(len(self), device=tokens.device), len(self))
+        self.padding = nn.functional.pad(self.padding, (0, 1))
+        self.positions = self.positions + 1
+        body = trunk(self.model)
+        x = body.get_input_embeddings()(tokens[:, None])[:, 0]
+        angles = body.rotary_emb(x, position_ids=self.positions)  # cosines and sines
+        hide = self.padding.repeat_interleave(self.kept[0][0].shape[1], 0)
+        for layer, kept in zip(self.layers, self.kept):
+            x = x + _attend(layer, layer.input_layernorm(x), angles, kept, hide)
+            normal = layer.post_attention_layernorm(x)
+            gate = layer.act_fn(layer.gate_proj(normal))
+            x = x + layer.down_proj(gate * layer.up_proj(normal))
+        return body.norm(x)
+
+# %% ../nbs/41_sampling.ipynb #b6b179bc
+def _attend(
+    layer: SimpleNamespace,
+    x: Tensor,
+    angles: tuple[Tensor, Tensor],
+    kept: list[Tensor],  # keys and values
+    hide: Tensor,        # minus infinity at padding
+) -> Tensor:
+    rows, (heads, _, size) = len(x), kept[0].shape[1:]
+    both = torch.cat([layer.q_proj(x), layer.k_proj(x)], -1)
+    both = _turned(both.view(rows, -1, size), *angles)
+    new = both[:, -heads:], layer.v_proj(x).view(rows, -1, size)
+    read = [x[:rows, :, : hide.shape[-1]] for x in kept]
+    for every, last in zip(read, new):
+        every[:, :, -1] = last
+    keys, values = (x.flatten(0, 1) for x in read)
+    # Several queries may share their keys and values.
+    query = both[:, :-heads].reshape(rows * heads, -1, size)
+    scores = torch.baddbmm(hide, query, keys.mT, alpha=layer.scaling)
+    attention = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return layer.o_proj(torch.bmm(attention, values).view(rows, -1))
+
+# %% ../nbs/41_sampling.ipynb #442dc458
+def _functions(layer: nn.Module) -> SimpleNamespace:
+    "What the parts of a layer compute, without what is done around a module's call."
+    found = {name.split(".")[-1]: x for name, x in layer.named_modules()}
+    for name, x in found.items():
+        if name.endswith("_proj"):
+            found[name] = partial(nn.functional.linear, weight=x.weight, bias=x.bias)
+        elif name.endswith("norm"):
+            found[name] = partial(_normal, weight=x.weight, eps=x.variance_epsilon)
+    return SimpleNamespace(**found, scaling=found["self_attn"].scaling)
+
+
+def _normal(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    "Divided by the root of its mean square, in float32."
+    wide = x.float()
+    scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    "Each pair of the first and second half of a head, turned by its angle."
+    first, second = x.chunk(2, -1)
+    return torch.addcmul(x * cosines, torch.cat([-second, first], -1), sines)
+
+# %% ../nbs/41_sampling.ipynb #3197610b
+_LINEAR = [
+    *(f"self_attn.{x}_proj" for x in "qkvo"),
+    *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+]
+_PARTS = {*_LINEAR, "mlp.act_fn", "input_layernorm", "post_attention_layernorm"}
+_READS_ALIKE = WeakKeyDictionary()  # models that were tried, and the outcome
+
+
+def _is_llama(model: "PreTrainedModel") -> bool:
+    "Whether `_LlamaTexts` reads with this model what `_Texts` does."
+    body, device = trunk(model), model.device
+    parts = list(getattr(body, "layers", nn.ModuleList()).modules())
+    seen = (x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in parts)
+    if torch.is_autocast_enabled(device.type) or any(seen):
+        return False
+    state = body.dtype, device, [type(x) for x in parts]
+    if _READS_ALIKE.get(body, (None, False))[0] != state:
+        _READS_ALIKE[body] = state, _is_built_alike(body) and _reads_alike(model)
+    return _READS_ALIKE[body][1]
+
+
+def _is_built_alike(body: nn.Module) -> bool:
+    "Whether all layers have the parts of a Llama's, and no others."
+    every = [dict(layer.named_modules()) for layer in getattr(body, "layers", [])]
+    leaves = [{k for k, x in parts.items() if not any(x.children())} for parts in every]
+    linear = [type(parts.get(name)) is nn.Linear for parts in every for name in _LINEAR]
+    return bool(every) and all(x == _PARTS for x in leaves) and all(linear)
+
+
+def _reads_alike(model: "PreTrainedModel") -> bool:
+    "Whether one token more of two short texts, one of them padded, is read alike."
+    from transformers.cache_utils import DynamicLayer
+
+    size = len(model.get_input_embeddings().weight)
+    ids = torch.arange(6, device=model.device).view(2, 3) % size
+    real = ids != 0
+    prompt = Sequences(ids[:, :2], real[:, :2], torch.zeros_like(real[:, :2]))
+    texts = _Texts(model, prompt, 1)
+    if {type(layer) for layer in texts.cache.layers} != {DynamicLayer}:
+        return False
+    try:
+        ours = _LlamaTexts(model, prompt, 1).read(ids[:, 2])
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False  # parts of the same names that are called otherwise
+    theirs = texts.read(ids[:, 2])
+    rounding = 16 * torch.finfo(theirs.dtype).eps * theirs.abs().max()
+    return bool((ours - theirs).abs().max() <= rounding)
 
 # %% ../nbs/41_sampling.ipynb #6a4d2567
 def _patience(device: torch.device) -> int:
@@ -255,138 +395,6 @@ def _check_request(
         require(fits, "generator", "a torch.Generator", describe(generator))
         same = generator.device.type == model.device.type
         require(same, "generator", f"on {model.device.type}", generator.device)
-
-# %% ../nbs/41_sampling.ipynb #e8c1e3c0
-class _LlamaTexts(_Texts):
-    "The same for a model that is built like a Llama, with less around every token."
-
-    def __init__(self, model: "PreTrainedModel", prompt: Sequences, room: int):
-        super().__init__(model, prompt, room)
-        self.kept = [[x.keys, x.values] for x in self.cache.layers]
-        self.positions = self.real.sum(1, keepdim=True) - 1
-        hidden = torch.zeros_like(self.real, dtype=self.kept[0][0].dtype)
-        self.padding = hidden.masked_fill_(~self.real, -torch.inf)[:, None]
-        del self.cache
-
-    def choose(self, rows: Int[Tensor, "R"], most: int) -> None:
-        self.kept = [[self._chosen(x, rows, most) for x in kv] for kv in self.kept]
-        parts = (x[rows] for x in (self.real, self.positions, self.padding))
-        self.real, self.positions, self.padding = parts
-
-    def _chosen(self, x: Tensor, rows: Tensor, most: int) -> Tensor:
-        "In place where there is room; else in a tensor with room for 64 tokens more."
-        length = self.padding.shape[-1]
-        read = x[: len(self), :, :length].index_select(0, rows)
-        if len(rows) > len(x) or length == x.shape[2]:
-            width = min(length + 64, self.longest)
-            x = x.new_empty(most, x.shape[1], width, x.shape[3])
-        x[: len(rows), :, :length] = read
-        return x
-
-    def read(self, tokens: Int[Tensor, "R"]) -> Float[Tensor, "R D"]:
-        if self.padding.shape[-1] == self.kept[0][0].shape[2]:
-            self.choose(torch.arange(len(self), device=tokens.device), len(self))
-        self.padding = nn.functional.pad(self.padding, (0, 1))
-        self.positions = self.positions + 1
-        body = trunk(self.model)
-        x = body.get_input_embeddings()(tokens[:, None])[:, 0]
-        angles = body.rotary_emb(x, position_ids=self.positions)  # cosines and sines
-        hide = self.padding.repeat_interleave(self.kept[0][0].shape[1], 0)
-        for layer, kept in zip(body.layers, self.kept):
-            normal = _normal(layer.input_layernorm, x)
-            x = x + _attend(layer.self_attn, normal, angles, kept, hide)
-            normal, gated = _normal(layer.post_attention_layernorm, x), layer.mlp
-            gate = gated.act_fn(_linear(gated.gate_proj, normal))
-            x = x + _linear(gated.down_proj, gate * _linear(gated.up_proj, normal))
-        return _normal(body.norm, x)
-
-# %% ../nbs/41_sampling.ipynb #b6b179bc
-def _attend(
-    layer: nn.Module,
-    x: Tensor,
-    angles: tuple[Tensor, Tensor],
-    kept: list[Tensor],  # keys and values
-    hide: Tensor,        # minus infinity at padding
-) -> Tensor:
-    rows, (heads, _, size) = len(x), kept[0].shape[1:]
-    both = torch.cat([_linear(layer.q_proj, x), _linear(layer.k_proj, x)], -1)
-    both = _turned(both.view(rows, -1, size), *angles)
-    new = both[:, -heads:], _linear(layer.v_proj, x).view(rows, -1, size)
-    read = [x[:rows, :, : hide.shape[-1]] for x in kept]
-    for every, last in zip(read, new):
-        every[:, :, -1] = last
-    keys, values = (x.flatten(0, 1) for x in read)
-    # Several queries may share their keys and values.
-    query = both[:, :-heads].reshape(rows * heads, -1, size)
-    scores = torch.baddbmm(hide, query, keys.mT, alpha=layer.scaling)
-    attention = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-    return _linear(layer.o_proj, torch.bmm(attention, values).view(rows, -1))
-
-# %% ../nbs/41_sampling.ipynb #442dc458
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, layer.weight, layer.bias)
-
-
-def _normal(layer: nn.Module, x: Tensor) -> Tensor:
-    "Divided by the root of its mean square, in float32."
-    wide = x.float()
-    scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + layer.variance_epsilon)
-    return layer.weight * (wide * scale).to(x.dtype)
-
-
-def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    "Each pair of the first and second half of a head, turned by its angle."
-    first, second = x.chunk(2, -1)
-    return torch.addcmul(x * cosines, torch.cat([-second, first], -1), sines)
-
-# %% ../nbs/41_sampling.ipynb #3197610b
-_LINEAR = [
-    *(f"self_attn.{x}_proj" for x in "qkvo"),
-    *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
-]
-_PARTS = {*_LINEAR, "mlp.act_fn", "input_layernorm", "post_attention_layernorm"}
-_READS_ALIKE = WeakKeyDictionary()  # models that were tried, and the outcome
-
-
-def _is_llama(model: "PreTrainedModel") -> bool:
-    "Whether `_LlamaTexts` reads with this model what `_Texts` does."
-    body, device = trunk(model), model.device
-    parts = list(getattr(body, "layers", nn.ModuleList()).modules())
-    seen = (x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in parts)
-    if torch.is_autocast_enabled(device.type) or any(seen):
-        return False
-    state = body.dtype, device, [type(x) for x in parts]
-    if _READS_ALIKE.get(body, (None, False))[0] != state:
-        _READS_ALIKE[body] = state, _is_built_alike(body) and _reads_alike(model)
-    return _READS_ALIKE[body][1]
-
-
-def _is_built_alike(body: nn.Module) -> bool:
-    "Whether all layers have the parts of a Llama's, and no others."
-    every = [dict(layer.named_modules()) for layer in getattr(body, "layers", [])]
-    leaves = [{k for k, x in parts.items() if not any(x.children())} for parts in every]
-    linear = [type(parts.get(name)) is nn.Linear for parts in every for name in _LINEAR]
-    return bool(every) and all(x == _PARTS for x in leaves) and all(linear)
-
-
-def _reads_alike(model: "PreTrainedModel") -> bool:
-    "Whether one token more of two short texts, one of them padded, is read alike."
-    from transformers.cache_utils import DynamicLayer
-
-    size = len(model.get_input_embeddings().weight)
-    ids = torch.arange(6, device=model.device).view(2, 3) % size
-    real = ids != 0
-    prompt = Sequences(ids[:, :2], real[:, :2], torch.zeros_like(real[:, :2]))
-    texts = _Texts(model, prompt, 1)
-    if {type(layer) for layer in texts.cache.layers} != {DynamicLayer}:
-        return False
-    try:
-        ours = _LlamaTexts(model, prompt, 1).read(ids[:, 2])
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        return False  # parts of the same names that are called otherwise
-    theirs = texts.read(ids[:, 2])
-    rounding = 16 * torch.finfo(theirs.dtype).eps * theirs.abs().max()
-    return bool((ours - theirs).abs().max() <= rounding)
 
 # %% ../nbs/41_sampling.ipynb #403f5eba
 #| code-fold: true
