@@ -106,12 +106,13 @@ class _LlamaTexts(_Texts):
         body = trunk(self.model)
         x = body.get_input_embeddings()(tokens[:, None])[:, 0]
         angles = body.rotary_emb(x, position_ids=self.positions)  # cosines and sines
-        hide = self.padding.repeat_interleave(self.kept[0][0].shape[1], 0)
+        heads = self.kept[0][0].shape[1]
+        hide = self.padding.expand(-1, heads, -1).flatten(0, 1)[:, None]
         for layer, kept in zip(self.layers, self.kept):
             x = x + _attend(layer, layer.input_layernorm(x), angles, kept, hide)
             normal = layer.post_attention_layernorm(x)
             gate = layer.act_fn(layer.gate_proj(normal))
-            x = x + layer.down_proj(gate * layer.up_proj(normal))
+            x = x + layer.down_proj(gate.mul_(layer.up_proj(normal)))
         return body.norm(x)
 
 # %% ../nbs/41_sampling.ipynb #b6b179bc
@@ -173,13 +174,18 @@ def _is_llama(model: "PreTrainedModel") -> bool:
     "Whether `_LlamaTexts` reads with this model what `_Texts` does."
     body, device = trunk(model), model.device
     parts = list(getattr(body, "layers", nn.ModuleList()).modules())
-    seen = (x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in parts)
-    if torch.is_autocast_enabled(device.type) or any(seen):
+    if torch.is_autocast_enabled(device.type) or any(map(_is_heard, parts)):
         return False
     state = body.dtype, device, [type(x) for x in parts]
     if _READS_ALIKE.get(body, (None, False))[0] != state:
         _READS_ALIKE[body] = state, _is_built_alike(body) and _reads_alike(model)
     return _READS_ALIKE[body][1]
+
+
+def _is_heard(part: nn.Module) -> bool:
+    "Whether more happens at a call than what the part computes."
+    hooks = part._forward_hooks or part._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(part)
 
 
 def _is_built_alike(body: nn.Module) -> bool:
@@ -244,23 +250,23 @@ def _grow(
         yield running, tokens, logp[branch, tokens], runs, ended
         if t == max_new_tokens:
             return
-        parents, firsts = None, tokens
-        if t % _patience(hidden.device):  # from now on each in its own row
-            parents, branch, apart = None if apart else branch, places(len(branch)), True
+        if t % _patience(hidden.device):
+            if not apart:  # from now on each in its own row
+                texts.choose(branch, len(branch))
+                branch, apart = places(len(branch)), True
+            hidden = texts.read(tokens)
+            continue
+        going = (~ended).nonzero().squeeze(-1)  # here a GPU is waited for
+        if not len(going):
+            return
+        if len(going) == len(branch) == len(texts):
+            firsts = tokens[branch.argsort()]
         else:
-            going = (~ended).nonzero().squeeze(-1)  # here a GPU is waited for
-            if not len(going):
-                return
-            if len(going) == len(branch) == len(texts):
-                firsts = tokens[branch.argsort()]
-            else:
-                running, tails, ended = running[going], tails[going], ended[going]
-                size, branch, tokens = logp.shape[-1], branch[going], tokens[going]
-                parents, firsts, branch = branch_out(branch, tokens, size)
-                if torch.equal(parents, places(len(texts))):
-                    parents = None
-        if parents is not None:
-            texts.choose(parents, len(branch))
+            kept = running, tails, ended, branch, tokens
+            running, tails, ended, branch, tokens = (x[going] for x in kept)
+            parents, firsts, branch = branch_out(branch, tokens, logp.shape[-1])
+            if not torch.equal(parents, places(len(texts))):
+                texts.choose(parents, len(branch))
         hidden = texts.read(firsts)
 
 # %% ../nbs/41_sampling.ipynb #7387bffc
