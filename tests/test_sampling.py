@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from po_book import sampling
 from po_book.language_model import (
@@ -627,3 +628,18 @@ def test_who_has_ended_may_be_asked_less_often(kind, wait, tokenizer, monkeypatc
     often = sample(*args, generator=generator())
     assert torch.equal(slow.ids, often.ids), "where none ends the draws are the same"
     torch.testing.assert_close(slow.logps, often.logps, atol=1e-5, rtol=0)
+
+
+def test_a_part_that_does_nothing_yet_may_do_something_later(tokenizer):
+    class Adapted(LlamaMLP):
+        def forward(self, x):
+            return super().forward(x) + self.beside(x)
+
+    model = tiny_lm(tokenizer, **SMALL)
+    mlp = model.model.layers[0].mlp
+    mlp.__class__, mlp.beside = Adapted, torch.nn.Linear(32, 32, bias=False)
+    torch.nn.init.zeros_(mlp.beside.weight)
+    sample(model, tokenizer, PROMPTS, 2, 8)
+    torch.nn.init.normal_(mlp.beside.weight)
+    drawn = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+    torch.testing.assert_close(scored(model, drawn), drawn.logps, atol=1e-5, rtol=0)
