@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +29,7 @@ from po_book.language_model import (
     log_distribution,
     next_logits,
     pack,
+    trunk,
 )
 from .pretrained import check_fit, evaluating, pad_token_id
 from .policies import draw_categorical
@@ -45,6 +48,181 @@ def branch_out(
     return keys // vocabulary, keys % vocabulary, branch
 
 # %% ../nbs/41_sampling.ipynb #44f2d800
+class _Texts:
+    "Growing texts, a row each, and what a model has read of them."
+
+    def __init__(self, model: "PreTrainedModel", prompt: Sequences, room: int):
+        from transformers import DynamicCache
+
+        self.model, self.real = model, prompt.attention_mask
+        self.longest = self.real.shape[1] + room  # tokens
+        self.cache = DynamicCache(config=model.config)
+        self.first = hidden_states(model, prompt.ids, self.real, self.cache)[:, -1]
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def choose(self, rows: Int[Tensor, "R"], most: int) -> None:
+        "Keep these rows, in this order; later there may be `most`."
+        self.cache.batch_select_indices(rows)
+        self.real = self.real[rows]
+
+    def read(self, tokens: Int[Tensor, "R"]) -> Float[Tensor, "R D"]:
+        "The last hidden states after one token more in every row."
+        self.real = nn.functional.pad(self.real, (0, 1), value=True)
+        return hidden_states(self.model, tokens[:, None], self.real, self.cache)[:, -1]
+
+# %% ../nbs/41_sampling.ipynb #e8c1e3c0
+class _LlamaTexts(_Texts):
+    "The same for a model that is built like a Llama, with less around every token."
+
+    def __init__(self, model: "PreTrainedModel", prompt: Sequences, room: int):
+        super().__init__(model, prompt, room)
+        self.kept = [[x.keys, x.values] for x in self.cache.layers]
+        self.positions = self.real.sum(1, keepdim=True) - 1
+        hidden = torch.zeros_like(self.real, dtype=self.kept[0][0].dtype)
+        self.padding = hidden.masked_fill_(~self.real, -torch.inf)[:, None]
+        self.layers = [_functions(layer) for layer in trunk(model).layers]
+        del self.cache
+
+    def choose(self, rows: Int[Tensor, "R"], most: int) -> None:
+        self.kept = [[self._chosen(x, rows, most) for x in kv] for kv in self.kept]
+        parts = (x[rows] for x in (self.real, self.positions, self.padding))
+        self.real, self.positions, self.padding = parts
+
+    def _chosen(self, x: Tensor, rows: Tensor, most: int) -> Tensor:
+        "In place where there is room; else in a tensor with room for 64 tokens more."
+        length = self.padding.shape[-1]
+        read = x[: len(self), :, :length].index_select(0, rows)
+        if len(rows) > len(x) or length == x.shape[2]:
+            width = min(length + 64, self.longest)
+            x = x.new_empty(most, x.shape[1], width, x.shape[3])
+        x[: len(rows), :, :length] = read
+        return x
+
+    def read(self, tokens: Int[Tensor, "R"]) -> Float[Tensor, "R D"]:
+        if self.padding.shape[-1] == self.kept[0][0].shape[2]:
+            self.choose(torch.arange(len(self), device=tokens.device), len(self))
+        self.padding = nn.functional.pad(self.padding, (0, 1))
+        self.positions = self.positions + 1
+        body = trunk(self.model)
+        x = body.get_input_embeddings()(tokens[:, None])[:, 0]
+        angles = body.rotary_emb(x, position_ids=self.positions)  # cosines and sines
+        heads = self.kept[0][0].shape[1]
+        hide = self.padding.expand(-1, heads, -1).flatten(0, 1)[:, None]
+        for layer, kept in zip(self.layers, self.kept):
+            x = x + _attend(layer, layer.input_layernorm(x), angles, kept, hide)
+            normal = layer.post_attention_layernorm(x)
+            gate = layer.act_fn(layer.gate_proj(normal))
+            x = x + layer.down_proj(gate.mul_(layer.up_proj(normal)))
+        return body.norm(x)
+
+# %% ../nbs/41_sampling.ipynb #b6b179bc
+def _attend(
+    layer: SimpleNamespace,
+    x: Tensor,
+    angles: tuple[Tensor, Tensor],
+    kept: list[Tensor],  # keys and values
+    hide: Tensor,        # minus infinity at padding
+) -> Tensor:
+    rows, (heads, _, size) = len(x), kept[0].shape[1:]
+    both = torch.cat([layer.q_proj(x), layer.k_proj(x)], -1)
+    both = _turned(both.view(rows, -1, size), *angles)
+    new = both[:, -heads:], layer.v_proj(x).view(rows, -1, size)
+    read = [x[:rows, :, : hide.shape[-1]] for x in kept]
+    for every, last in zip(read, new):
+        every[:, :, -1] = last
+    keys, values = (x.flatten(0, 1) for x in read)
+    # Several queries may share their keys and values.
+    query = both[:, :-heads].reshape(rows * heads, -1, size)
+    scores = torch.baddbmm(hide, query, keys.mT, alpha=layer.scaling)
+    attention = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return layer.o_proj(torch.bmm(attention, values).view(rows, -1))
+
+# %% ../nbs/41_sampling.ipynb #442dc458
+def _functions(layer: nn.Module) -> SimpleNamespace:
+    "What the parts of a layer compute, without what is done around a module's call."
+    found = {name.split(".")[-1]: x for name, x in layer.named_modules()}
+    for name, x in found.items():
+        if name.endswith("_proj"):
+            found[name] = partial(nn.functional.linear, weight=x.weight, bias=x.bias)
+        elif name.endswith("norm"):
+            found[name] = partial(_normal, weight=x.weight, eps=x.variance_epsilon)
+    return SimpleNamespace(**found, scaling=found["self_attn"].scaling)
+
+
+def _normal(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    "Divided by the root of its mean square, in float32."
+    wide = x.float()
+    scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    "Each pair of the first and second half of a head, turned by its angle."
+    first, second = x.chunk(2, -1)
+    return torch.addcmul(x * cosines, torch.cat([-second, first], -1), sines)
+
+# %% ../nbs/41_sampling.ipynb #3197610b
+_LINEAR = [
+    *(f"self_attn.{x}_proj" for x in "qkvo"),
+    *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+]
+_PARTS = {*_LINEAR, "mlp.act_fn", "input_layernorm", "post_attention_layernorm"}
+_READS_ALIKE = WeakKeyDictionary()  # models that were tried, and the outcome
+
+
+def _is_llama(model: "PreTrainedModel") -> bool:
+    "Whether `_LlamaTexts` reads with this model what `_Texts` does."
+    body, device = trunk(model), model.device
+    parts = list(getattr(body, "layers", nn.ModuleList()).modules())
+    if torch.is_autocast_enabled(device.type) or any(map(_is_heard, parts)):
+        return False
+    state = body.dtype, device, [type(x) for x in parts]
+    if _READS_ALIKE.get(body, (None, False))[0] != state:
+        _READS_ALIKE[body] = state, _is_built_alike(body) and _reads_alike(model)
+    return _READS_ALIKE[body][1]
+
+
+def _is_heard(part: nn.Module) -> bool:
+    "Whether more happens at a call than what the part computes."
+    hooks = part._forward_hooks or part._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(part)
+
+
+def _is_built_alike(body: nn.Module) -> bool:
+    "Whether all layers have the parts of a Llama's, and no others."
+    every = [dict(layer.named_modules()) for layer in getattr(body, "layers", [])]
+    leaves = [{k for k, x in parts.items() if not any(x.children())} for parts in every]
+    linear = [type(parts.get(name)) is nn.Linear for parts in every for name in _LINEAR]
+    return bool(every) and all(x == _PARTS for x in leaves) and all(linear)
+
+
+def _reads_alike(model: "PreTrainedModel") -> bool:
+    "Whether one token more of two short texts, one of them padded, is read alike."
+    from transformers.cache_utils import DynamicLayer
+
+    size = len(model.get_input_embeddings().weight)
+    ids = torch.arange(6, device=model.device).view(2, 3) % size
+    real = ids != 0
+    prompt = Sequences(ids[:, :2], real[:, :2], torch.zeros_like(real[:, :2]))
+    texts = _Texts(model, prompt, 1)
+    if {type(layer) for layer in texts.cache.layers} != {DynamicLayer}:
+        return False
+    try:
+        ours = _LlamaTexts(model, prompt, 1).read(ids[:, 2])
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False  # parts of the same names that are called otherwise
+    theirs = texts.read(ids[:, 2])
+    rounding = 16 * torch.finfo(theirs.dtype).eps * theirs.abs().max()
+    return bool((ours - theirs).abs().max() <= rounding)
+
+# %% ../nbs/41_sampling.ipynb #6a4d2567
+def _patience(device: torch.device) -> int:
+    "Tokens from one question to the next."
+    return 1 if device.type == "cpu" else 16
+
+
 @torch.inference_mode()
 def _grow(
     model: "PreTrainedModel",
@@ -55,35 +233,43 @@ def _grow(
     generator: torch.Generator | None,
     settings: tuple,      # temperature, top_k, top_p, min_p
     prompt: Sequences,    # one row a prompt, no completions
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    "At each step: which completions run, their tokens, log-probabilities, and ends."
-    from transformers import DynamicCache
-
-    cache, real = DynamicCache(config=model.config), prompt.attention_mask
-    hidden = hidden_states(model, prompt.ids, real, cache)[:, -1]
-    branch = torch.arange(len(real), device=real.device).repeat_interleave(group_size)
-    running = torch.arange(len(branch), device=real.device)
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    "At each step: rows, their tokens, log-probabilities, which run, which have ended."
+    texts = (_LlamaTexts if _is_llama(model) else _Texts)(
+        model, prompt, max_new_tokens
+    )
+    hidden, places = texts.first, partial(torch.arange, device=texts.first.device)
+    branch = places(len(texts)).repeat_interleave(group_size)
+    running, apart = places(len(branch)), False
+    ended = torch.zeros_like(running, dtype=torch.bool)
     stop_ids, tails = _stop_ids(model, tokenizer), branch.new_empty(len(branch), 0)
-    for left in reversed(range(max_new_tokens)):
+    for t in range(1, max_new_tokens + 1):
         logits = next_logits(model, hidden, len(tokenizer))
         logp = log_distribution(logits, *settings)
         tokens = draw_categorical(logp[branch], generator)
-        tails = _longer(tails, tokens, stop)
-        ended = _ended(tails, tokenizer, stop_ids, stop)
-        yield running, tokens, logp[branch, tokens], ended
-        going = (~ended).nonzero().squeeze(-1)  # here a GPU is waited for
-        if not left or not len(going):
+        tails, runs = _longer(tails, tokens, stop), ~ended
+        ended = ended | _ended(tails, tokenizer, stop_ids, stop)
+        yield running, tokens, logp[branch, tokens], runs, ended
+        if t == max_new_tokens:
             return
-        if len(going) == len(branch) == len(real):  # all go on, each in its own row
+        if t % _patience(hidden.device):
+            if not apart:  # from now on each in its own row
+                texts.choose(branch, len(branch))
+                branch, apart = places(len(branch)), True
+            hidden = texts.read(tokens)
+            continue
+        going = (~ended).nonzero().squeeze(-1)  # here a GPU is waited for
+        if not len(going):
+            return
+        if len(going) == len(branch) == len(texts):
             firsts = tokens[branch.argsort()]
         else:
-            running, tails, size = running[going], tails[going], logp.shape[-1]
-            parents, firsts, branch = branch_out(branch[going], tokens[going], size)
-            if not torch.equal(parents, torch.arange(len(real), device=real.device)):
-                cache.batch_select_indices(parents)
-            real = real[parents]
-        real = nn.functional.pad(real, (0, 1), value=True)
-        hidden = hidden_states(model, firsts[:, None], real, cache)[:, -1]
+            kept = running, tails, ended, branch, tokens
+            running, tails, ended, branch, tokens = (x[going] for x in kept)
+            parents, firsts, branch = branch_out(branch, tokens, logp.shape[-1])
+            if not torch.equal(parents, places(len(texts))):
+                texts.choose(parents, len(branch))
+        hidden = texts.read(firsts)
 
 # %% ../nbs/41_sampling.ipynb #7387bffc
 def _longer(tails: Tensor, tokens: Tensor, stop: Sequence[str]) -> Tensor:
@@ -141,10 +327,11 @@ def _collected(
     mask = torch.zeros_like(ids, dtype=torch.bool)
     logps = torch.zeros_like(ids, dtype=steps[0][2].dtype)
     finished = real.new_zeros(len(real))
-    for t, (running, tokens, logp, ended) in enumerate(steps):
-        ids[running, t], mask[running, t] = tokens, True
-        logps[running, t], finished[running] = logp, ended
-    none = torch.zeros_like(real)
+    for t, (rows, tokens, logp, runs, ended) in enumerate(steps):
+        ids[rows, t], mask[rows, t] = tokens.where(runs, pad), runs
+        logps[rows, t], finished[rows] = logp.where(runs, 0), ended
+    longest, none = int(mask.sum(1).max()), torch.zeros_like(real)
+    ids, mask, logps = (x[:, :longest] for x in (ids, mask, logps))
     return Samples(
         ids=torch.cat([before, ids], 1),
         attention_mask=torch.cat([real, mask], 1),

@@ -793,6 +793,31 @@ def test_the_clip_fraction_is_that_of_the_bounds_that_were_chosen(data):
     assert ((rho > 1.1) & (rho < 1.5)).any()
 
 
+@pytest.mark.parametrize(
+    "trust",
+    [SequenceClip(0.3, 0.1), SequenceClip(0.1, 0.3), ClippedWeight(0.3), ClippedWeight(0.3, 0.2),
+     GeometricClip(0.3, 0.6), GeometricClip(0.6, 0.3), ProbabilityMask(0.05)],
+    ids=str,
+)
+def test_the_clip_fraction_of_later_trust_regions_is_counted_token_by_token(data, trust):
+    mask, outside = data["mask"], []
+    for i, n in enumerate(mask.sum(1).tolist()):
+        away = (data["logp"] - data["logp_old"]).detach()[i, :n]
+        moved = data["logp"].detach()[i, :n].exp() - data["logp_sampler"][i, :n].exp()
+        for t in range(n):
+            rho, s = away[t].exp(), away.mean().exp()
+            outside.append({
+                SequenceClip: lambda: not 1 - trust.low <= s <= 1 + trust.high,
+                ClippedWeight: lambda: rho > 1 + trust.high or rho < 1 - (trust.low or 1),
+                GeometricClip: lambda: not -trust.low <= away[t] <= trust.high,
+                ProbabilityMask: lambda: abs(moved[t]) > trust.delta,
+            }[type(trust)]())
+    objective = replace(PRESETS["gspo"], trust=trust)
+    _, metrics = objective_loss(objective, everything(data, objective))
+    assert metrics["clip_fraction"].item() == pytest.approx(sum(map(bool, outside)) / len(outside))
+    assert 0 < sum(map(bool, outside)) < len(outside)
+
+
 def test_the_price_in_the_reward_is_the_one_that_was_chosen(data):
     old, ref, mask = data["logp_old"], data["logp_ref"], data["mask"]
     dear = replace(PRESETS["rloo"], kl=InReward(0.3))

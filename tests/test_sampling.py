@@ -2,11 +2,23 @@ import copy
 
 import pytest
 import torch
-from tiny_models import MODELS, PROMPTS, SMALL, generator, scored
+from tiny_models import COMMON, MODELS, PROMPTS, SIZES, SMALL, generator, scored
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from po_book import sampling
 from po_book.language_model import (
     char_tokenizer,
     encode,
@@ -320,6 +332,7 @@ def test_some_prompts_at_a_time_are_calls_one_after_the_other(llama, tokenizer, 
 
 def test_no_more_prompts_are_held_than_asked_for(tokenizer):
     model, read = only(tiny_lm(tokenizer, **SMALL), list(range(2, 18))), []
+    sample(model, tokenizer, PROMPTS, 4, 5)  # the first time a model is tried out
     model.get_input_embeddings().register_forward_hook(lambda *x: read.append(x[1][0].shape))
     sample(model, tokenizer, PROMPTS * 2, 4, 5, generator=generator(), at_once=2)
     assert max(rows for rows, _ in read) <= 8
@@ -451,7 +464,8 @@ def test_min_p_leaves_out_what_is_unlikely(tokenizer):
     torch.testing.assert_close(drawn.logps[:, 1], expected)
 
 
-def test_a_token_costs_one_wait_where_all_go_on(tokenizer):
+@pytest.mark.parametrize("wait", [1, 5])
+def test_waits_for_an_answer(tokenizer, monkeypatch, wait):
     "Sizes and truths that Python asks for: on a GPU each is a wait."
     waits = {"aten::nonzero", "aten::_unique2", "aten::equal", "aten::_local_scalar_dense"}
 
@@ -462,14 +476,16 @@ def test_a_token_costs_one_wait_where_all_go_on(tokenizer):
             counts.append(name in waits or masks)
             return function(*args, **(kwargs or {}))
 
+    monkeypatch.setattr(sampling, "_patience", lambda device: wait)
     model = only(tiny_lm(tokenizer, **SMALL), list(range(2, 18)))
+    sample(model, tokenizer, PROMPTS, 3, 10)  # the first time a model is tried out
     totals = []
     for room in 10, 20:
         counts = []
         with Seen():
             sample(model, tokenizer, PROMPTS, 3, room, generator=generator())
         totals.append(sum(counts))
-    assert totals[1] - totals[0] == 10
+    assert totals[1] - totals[0] == 10 / wait
 
 
 def test_equal_branches_with_equal_tokens_are_one_branch():
@@ -509,3 +525,121 @@ def test_a_generator_of_another_device_is_refused(tokenizer):
     model = tiny_lm(tokenizer, **SMALL).to("meta")
     with pytest.raises(ValueError, match="^generator must be on meta, got cpu$"):
         sample(model, tokenizer, PROMPTS, generator=generator())
+
+
+KINDS = {
+    **MODELS,
+    "llama": lambda: tiny_lm(char_tokenizer(), **SMALL),
+    "window": lambda: MistralForCausalLM(MistralConfig(**COMMON, **SIZES, sliding_window=4)),
+    "no window": lambda: MistralForCausalLM(
+        MistralConfig(**COMMON, **SIZES, sliding_window=None)
+    ),
+    "scaled": lambda: GraniteForCausalLM(
+        GraniteConfig(**COMMON, **SIZES, embedding_multiplier=12.0)
+    ),
+    "normal keys": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, **SIZES, head_dim=16)),
+}
+
+
+def loud(kind: str):
+    "A model of this kind whose weights are large enough to have opinions."
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def as_others(model, *args, **settings):
+    "What `sample` gives if the model is read as any model is."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_is_llama", lambda model: False)
+        return sample(model, *args, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_written_out_for_models_that_are_built_so(kind):
+    model = loud(kind)
+    plain = {"qwen2", "granite", "llama", "no window"}
+    assert sampling._is_llama(model) == (kind in plain)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "granite", "llama", "no window", "scaled"])
+@pytest.mark.parametrize("group", [1, 7])
+def test_written_out_or_not_a_step_is_the_same(kind, group, tokenizer):
+    model = loud(kind)
+    how = dict(group_size=group, max_new_tokens=20, stop=["11"])
+    theirs = as_others(model, tokenizer, PROMPTS, **how, generator=generator())
+    ours = sample(model, tokenizer, PROMPTS, **how, generator=generator())
+    assert 0 < ours.finished.sum() < 3 * group or group == 1
+    assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.mask, theirs.mask)
+    torch.testing.assert_close(ours.logps, theirs.logps, atol=1e-5, rtol=0)
+
+
+def test_a_text_may_outgrow_the_room_there_was(tokenizer):
+    model = only(tiny_lm(tokenizer, width=32, layers=2, heads=2, context=256), list(range(2, 18)))
+    args = model, tokenizer, PROMPTS, 3, 150
+    ours, theirs = sample(*args, generator=generator()), as_others(*args, generator=generator())
+    assert ours.mask.sum() == 9 * 150 and torch.equal(ours.ids, theirs.ids)
+    torch.testing.assert_close(ours.logps, theirs.logps, atol=1e-5, rtol=0)
+
+
+def test_who_listens_to_a_layer_hears_every_token(tokenizer):
+    model, heard = only(tiny_lm(tokenizer, **SMALL), list(range(2, 18))), []
+    sample(model, tokenizer, PROMPTS, 2, 8)
+    hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *x: heard.append(1))
+    sample(model, tokenizer, PROMPTS, 2, 8)
+    hook.remove()
+    assert len(heard) == 8
+
+
+def test_adapters_that_came_after_the_first_samples_take_part(tokenizer):
+    peft, model = pytest.importorskip("peft"), tiny_lm(tokenizer, **SMALL)
+    sample(model, tokenizer, PROMPTS, 2, 8)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    sample(model, tokenizer, PROMPTS, 2, 8)  # as before, since they begin at zero
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora" in name:
+                p.add_(torch.randn_like(p))
+    drawn = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+    torch.testing.assert_close(scored(model, drawn), drawn.logps, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("wait", [3, 8, 100])
+def test_who_has_ended_may_be_asked_less_often(kind, wait, tokenizer, monkeypatch):
+    model, letters = loud(kind), list(range(2, 18))
+    args = model, tokenizer, PROMPTS, 5, 20
+    monkeypatch.setattr(sampling, "_patience", lambda device: wait)
+    drawn = sample(*args, generator=generator(), stop=["11", "2"])
+    torch.testing.assert_close(scored(model, drawn), drawn.logps, atol=1e-5, rtol=0)
+    assert drawn.mask.sum(1).max() == drawn.mask.shape[1] - 8  # no column of padding
+    for row, done in zip(completions(drawn), drawn.finished.tolist()):
+        text = tokenizer.decode(row)
+        assert 1 not in row[:-1] and "11" not in text[:-1] and "2" not in text[:-1]
+        assert done == (row[-1] == 1 or "11" in text or "2" in text)
+        assert done or len(row) == 20
+    if kind == "gpt2":
+        return
+    slow = sample(only(model, letters), *args[1:], generator=generator())
+    monkeypatch.undo()
+    often = sample(*args, generator=generator())
+    assert torch.equal(slow.ids, often.ids), "where none ends the draws are the same"
+    torch.testing.assert_close(slow.logps, often.logps, atol=1e-5, rtol=0)
+
+
+def test_a_part_that_does_nothing_yet_may_do_something_later(tokenizer):
+    class Adapted(LlamaMLP):
+        def forward(self, x):
+            return super().forward(x) + self.beside(x)
+
+    model = tiny_lm(tokenizer, **SMALL)
+    mlp = model.model.layers[0].mlp
+    mlp.__class__, mlp.beside = Adapted, torch.nn.Linear(32, 32, bias=False)
+    torch.nn.init.zeros_(mlp.beside.weight)
+    sample(model, tokenizer, PROMPTS, 2, 8)
+    torch.nn.init.normal_(mlp.beside.weight)
+    drawn = sample(model, tokenizer, PROMPTS, 4, 8, generator=generator())
+    torch.testing.assert_close(scored(model, drawn), drawn.logps, atol=1e-5, rtol=0)
