@@ -37,7 +37,8 @@ from .pretrained import check_fit, learning, pad_token_id
 from .rewards import Reward
 from .rollout import spawn_seed
 from .runner import Diverged
-from .sampling import Request, Sampler, Samples, ask_sampler, sample
+from .samplers import Request, Sampler, ask_sampler
+from .sampling import Samples, sample
 from .tasks import Task, pass_at_k, verdicts
 
 if TYPE_CHECKING:

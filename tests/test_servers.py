@@ -19,7 +19,8 @@ from po_book import train_lm as module
 from po_book.language_model import char_tokenizer, enumerate_completions, pack, tiny_lm, toy_lm
 from po_book.lm_learner import tiny_config
 from po_book.objective import PRESETS
-from po_book.sampling import Request, ask_sampler, join, sample
+from po_book.samplers import Request, ask_sampler
+from po_book.sampling import join, sample
 from po_book.servers import ServerSampler
 from po_book.tasks import ChainAddition
 from po_book.terms import Banded, NoCorrection, Truncated

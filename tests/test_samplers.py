@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import PROMPTS, generator, scored
 
-from po_book.sampling import Completion, Request, ask_sampler, pack_completions, sample
+from po_book.samplers import Completion, Request, ask_sampler, pack_completions
+from po_book.sampling import sample
 
 GOOD = [Completion([5, 6, 1], [-1.0, -0.5, -2.0], True), Completion([7, 7], [-0.1, -3.0], False)]
 REQUEST = Request(group_size=2, max_new_tokens=3)
