@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from inspect import getsource
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args
+from typing import Annotated, Any, Generic, TypeVar, Union
 
 import gymnasium as gym
 import torch
@@ -41,6 +41,7 @@ from tyro.constructors import (
 import po_book.multi_agent  # adds its methods and teams
 from .algorithm import Config
 from .checks import check_at_least, check_in, require
+from .credit import Choice
 from .dapo import NoSignal
 from .distributed import resume_together, train_together
 from .lm_job import SEEDS, Language, grade_language, outline, read_language
@@ -67,8 +68,7 @@ def _comments(kind: type) -> dict[str, str]:
     return {name: re.sub(r"[$\\{}]", "", text) for name, text in found.items()}
 
 # %% ../nbs/61_command_line.ipynb #31baa29a
-_CHOICES = {f.name: get_args(f.type) or (f.type,) for f in fields(Objective)}
-_SETTINGS = Config, LMConfig, Objective, *sum(_CHOICES.values(), ())
+_SETTINGS = Config, LMConfig, Objective, Choice
 _registry = ConstructorRegistry()
 
 
@@ -241,7 +241,8 @@ def _asked(args: list[str]) -> Namespace:
     return parser.parse_known_args(args)[0]
 
 # %% ../nbs/61_command_line.ipynb #c45bfeaa
-LANGUAGE = "rlhf-ppo", "rloo", "grpo", "dr-grpo", "dapo", "magistral", "prorl"
+_OF_CONTROL = "reinforce", "a2c", "trpo", "ppo-kl", "ppo"  # by other trainers
+LANGUAGE = [name for name in PRESETS if name not in _OF_CONTROL]
 
 
 def _jobs(asked: Namespace) -> Iterator[object]:
@@ -253,7 +254,8 @@ def _jobs(asked: Namespace) -> Iterator[object]:
     rank = asked.lora if (asked.lora or "").isdecimal() else 0
     model = outline(asked.model, int(rank))
     for name in LANGUAGE:
-        words = (f"{k}: {choice.words}" for k, choice in vars(PRESETS[name]).items())
+        words = PRESETS[name].words.items()
+        words = (f"{k}: {said}" for k, said in words if said != "none")
         what = f"Takes --task. {'; '.join(words)}."
         job = Language(name, PRESETS[name], default_lm_config(name, model), MISSING)
         yield Annotated[Language, subcommand(name, default=job, description=what)]

@@ -9,6 +9,7 @@ __all__ = ['CLIP_HIGH', 'informative', 'NoSignal', 'Filled', 'fill_groups', 'upw
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil, inf, sqrt
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from po_book.checks import (
-    check_at_least, check_bool, check_like, check_shape, check_whole, require
+    check_at_least, check_bool, check_in, check_like, check_shape, check_whole, require
 )
 from .grpo import check_groups
 
@@ -55,33 +56,47 @@ class Filled:
     draws: int                        # calls of `draw`
 
 # %% ../nbs/47_dapo.ipynb #5ff33262
+def _enough(missing: int, dead: float) -> float:
+    "The smallest n of {eq}`eq-dapo-oversample`."
+    if dead >= 1:
+        return inf
+    alive, spread = 1 - dead, sqrt(dead * (1 - dead))
+    root = (spread + sqrt(spread**2 + 4 * alive * missing)) / (2 * alive)
+    return root**2
+
+# %% ../nbs/47_dapo.ipynb #e55bdfc4
 def fill_groups(
     draw: Callable[[int], tuple[list[Any], Float[Tensor, "n G"]]],  # n fresh groups
     size: int,            # informative groups wanted
-    max_draws: int = 10,  # calls of `draw`, each for `size` groups at most
+    max_draws: int = 10,  # calls of `draw`
+    *,
+    keep: Callable[[Float[Tensor, "n G"]], Bool[Tensor, "n"]] = informative,
+    dead: float = 0.0,        # share that the first call expects not to be kept
+    oversample: float = 3.0,  # groups of a call at most, over `size`
 ) -> Filled:
-    """The first `size` informative groups that `draw` gives, in their order.
+    """The first `size` groups that `draw` gives and `keep` keeps, in their order.
 
     Raises: `NoSignal` if `max_draws` calls were not enough; `ValueError` if `size` or
-    `max_draws` is not whole and positive, or if `draw` does not return what it was
-    asked for.
+    `max_draws` is not whole and positive, `dead` is not in [0, 1], `oversample` is
+    below 1, or if `draw` does not return what it was asked for.
     Source: Yu et al. 2025.
     """
     check_whole(size=size, max_draws=max_draws)
-    check_at_least(1, size=size, max_draws=max_draws)
-    groups, kept, dead = [], [], []
+    check_at_least(1, size=size, max_draws=max_draws, oversample=oversample)
+    check_in("[0, 1]", dead=dead)
+    groups, kept, left = [], [], []
     for draws in range(1, max_draws + 1):
-        drawn, missing = len(groups) + len(dead), size - len(groups)
-        wanted = -(-missing * drawn // len(groups)) if groups else size
-        new, rewards = _asked(draw, min(wanted, size))
-        keep = informative(rewards)
-        groups += itertools.compress(new, keep.tolist())
-        kept.append(rewards[keep])
-        dead += rewards[~keep, 0].tolist()
+        wanted = min(_enough(size - len(groups), dead), oversample * size)
+        new, rewards = _asked(draw, ceil(wanted - 1e-9))
+        good = keep(rewards)
+        groups += itertools.compress(new, good.tolist())
+        kept.append(rewards[good])
+        left.append(rewards[~good])
+        drawn = len(groups) + sum(map(len, left))
         if len(groups) >= size:
-            drawn = len(groups) + len(dead)
             return Filled(groups[:size], torch.cat(kept)[:size], drawn, draws)
-    raise NoSignal(_explanation(torch.cat(kept), dead, size, max_draws))
+        dead = 1 - len(groups) / drawn
+    raise NoSignal(_explanation(torch.cat(kept), torch.cat(left), size, max_draws))
 
 # %% ../nbs/47_dapo.ipynb #34f61883
 def _asked(draw: Callable, n: int) -> tuple[list[Any], Tensor]:
@@ -93,17 +108,18 @@ def _asked(draw: Callable, n: int) -> tuple[list[Any], Tensor]:
     return groups, rewards
 
 # %% ../nbs/47_dapo.ipynb #3363825a
-def _explanation(kept: Tensor, dead: list[float], size: int, draws: int) -> str:
+def _explanation(kept: Tensor, left: Tensor, size: int, draws: int) -> str:
     "Why the groups that were drawn are not enough, and what to do."
-    seen = kept.flatten().tolist() + dead
-    worst, best = dead.count(min(seen)), dead.count(max(seen))
-    found = f"{len(kept)} of {len(kept) + len(dead)} groups are informative after "
+    seen = torch.cat([kept, left])
+    low, high = seen.min().item(), seen.max().item()
+    worst, best = ((left == x).all(1).sum().item() for x in (low, high))
+    found = f"{len(kept)} of {len(seen)} groups are informative after "
     found += f"{draws} draws, {size} are needed; "
-    if min(seen) == max(seen):
-        return found + f"every reward is {seen[0]:g}: check the reward and the prompts"
+    if low == high:
+        return found + f"every reward is {low:g}: check the reward and the prompts"
     return found + (
-        f"{worst} have the lowest reward {min(seen):g} throughout (take easier prompts "
-        f"or larger groups), {best} the highest {max(seen):g} (take harder prompts)"
+        f"{worst} have the lowest reward {low:g} throughout (take easier prompts "
+        f"or larger groups), {best} the highest {high:g} (take harder prompts)"
     )
 
 # %% ../nbs/47_dapo.ipynb #b39c1913

@@ -18,6 +18,7 @@ from torch import Tensor
 from po_book.checks import (
     check_at_least, check_in, check_positive, check_whole, require
 )
+from .credit import Selection
 from .dapo import fill_groups, informative, soft_overlong_penalty
 from .language_model import Prompt, check_sampling
 from .rewards import Reward, RewardLog, compute_rewards, mean_metrics
@@ -45,28 +46,31 @@ class BatchConfig:
     sample_batch: int = 0      # prompts that are sampled at a time; 0: all
     micro_batch: int = 0       # prompts a forward pass; 0: all of a minibatch
     micro_tokens: int = 0      # tokens a forward pass, padding counted; 0: any number
-    max_draws: int = 10        # calls of the sampler for a batch of informative groups
+    max_draws: int = 10        # calls of the sampler for a batch of groups to learn from
+    oversample: float = 3.0    # groups of such a call at most, over `prompts`
     drop_truncated: bool = False  # leave completions that were cut off out of the loss
-    overlong_cache: int = 0    # last tokens that are punished softly; 0: none
+    overlong_cache: int | None = None  # last tokens that cost; 0: none, None: a method's
 
     def __post_init__(self):
         "Raises: `ValueError` if a number of something, or the temperature, is wrong."
         names = "prompts", "group_size", "max_new_tokens", "max_draws"
         counts = {name: getattr(self, name) for name in names}
-        names = "sample_batch", "micro_batch", "micro_tokens", "overlong_cache"
+        names = "sample_batch", "micro_batch", "micro_tokens"
         or_none = {name: getattr(self, name) for name in names}
+        cache = self.overlong_cache or 0
+        or_none["overlong_cache"] = cache
         check_whole(**counts, **or_none)
         check_positive(**counts)
         check_at_least(0, **or_none)
+        check_in("[1, inf)", oversample=self.oversample)
         check_in("(0, inf)", temperature=self.temperature)
         check_sampling(**self.law)
         if self.vocabulary is not None:
             check_whole(vocabulary=self.vocabulary)
             check_positive(vocabulary=self.vocabulary)
         object.__setattr__(self, "stop", tuple(self.stop))  # a file knows lists only
-        fits = self.overlong_cache < self.max_new_tokens
         rule = f"below max_new_tokens {self.max_new_tokens}"
-        require(fits, "overlong_cache", rule, self.overlong_cache)
+        require(cache < self.max_new_tokens, "overlong_cache", rule, cache)
 
     @property
     def law(self) -> dict[str, Any]:
@@ -176,15 +180,17 @@ def _spoken(prompts: list[Prompt], texts: list[str]) -> list[str] | list[list[di
 def collect(
     draw: Callable[[int], Answers],  # answers to so many fresh prompts
     config: BatchConfig,
-    informative_only: bool,  # draw again until all groups have different verdicts
+    selection: Selection,    # of groups; for those that it leaves, others are drawn
     pad: int,                # token id that fills rows up
+    dead: float = 0.0,       # share that is expected to be left
 ) -> tuple[Answers, dict[str, float]]:
-    """Groups for a batch, and for the log how many were dead, and drawn.
+    """Groups for a batch, and for the log how many were dead, drawn, and in how many
+    calls.
 
     Raises: `NoSignal` if `config.max_draws` calls do not give enough groups.
     Source: Yu et al. 2025.
     """
-    if not informative_only:
+    if not selection.redraws:
         answers = draw(config.prompts)
         return answers, {"dead_groups": _dead(answers.verdicts), **_told([answers])}
     seen = []
@@ -195,9 +201,11 @@ def collect(
         # A penalty for length tells answers apart, but teaches nothing of the answer.
         return answers.groups(), answers.verdicts
 
-    filled = fill_groups(drawn_groups, config.prompts, config.max_draws)
+    how = {"keep": selection, "dead": dead, "oversample": config.oversample}
+    filled = fill_groups(drawn_groups, config.prompts, config.max_draws, **how)
     dead = _dead(torch.cat([answers.verdicts for answers in seen]))
-    facts = {"dead_groups": dead, "drawn_groups": filled.drawn, **_told(seen)}
+    facts = {"dead_groups": dead, "drawn_groups": filled.drawn, "draws": filled.draws}
+    facts |= _told(seen)
     return _joined(filled.groups, pad), facts
 
 # %% ../nbs/48a_batch.ipynb #76de82a7

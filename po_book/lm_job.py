@@ -325,10 +325,11 @@ def read_language(
     if "task" not in asked:
         return None
     try:
-        preset, choices = PRESETS[asked["algorithm"]], {}
-        for name, part in asked["objective"].items():
-            values = {k: x for k, x in part.items() if k != "is"}
-            choices[name] = _read(type(getattr(preset, name)), values, path)
+        preset, choices = PRESETS[asked["algorithm"]], dict(asked["objective"])
+        for name, part in choices.items():
+            if isinstance(part, dict):
+                values = {k: x for k, x in part.items() if k != "is"}
+                choices[name] = _read(type(getattr(preset, name)), values, path)
         asked["objective"] = _read(Objective, choices, path)
         asked["config"] = _read(LMConfig, asked["config"], path)
         asked["rows"] = {k: asked[k] for k in vars(RowOptions()) if k in asked}

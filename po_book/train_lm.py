@@ -22,20 +22,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoint import check_asked, lock_folder, write_asked, write_table
-from .checks import require
-from .language_model import encode
+from .checks import describe, require
+from .credit import Choice
+from .language_model import Prompt, encode
 from .lm_batch import Answers, all_or_none, collect, for_all, grade
 from po_book.lm_learner import (
-    LMConfig, LMLearner, default_lm_config, find_objective, fit_objective,
+    LMConfig, LMLearner, default_lm_config, find_objective, fit_config, fit_objective,
     new_lm_learner, restore_learner, save_learner, save_lm,
 )
 from .lm_step import gradient_step, learnable
+from .mismatch import check_mismatch, mismatch_metrics
 from .objective import Objective
 from .pretrained import check_fit, learning, pad_token_id
 from .rewards import Reward
 from .rollout import spawn_seed
 from .runner import Diverged
-from .sampling import sample
+from .sampling import Request, Sampler, Samples, ask_sampler, sample
 from .tasks import Task, pass_at_k, verdicts
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class LMRun:
     model: "PreTrainedModel"
     log: list[dict[str, float]] = field(default_factory=list)  # a row a step
     examples: list[dict] = field(default_factory=list)  # the latest group
+    sampler: Sampler | None = None  # another engine that samples; None: the model
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         "Step and `key`, wherever the log has it."
@@ -59,18 +62,27 @@ class LMRun:
         return [row["step"] for row in rows], [row[key] for row in rows]
 
 # %% ../nbs/49_small_lm.ipynb #1aff6a4b
+def _samples(run: LMRun, learner: LMLearner, prompts: list[Prompt]) -> Samples:
+    "Completions by the policy, or by another engine if there is one."
+    config, what = run.config, (learner.policy, learner.tokenizer, prompts)
+    size, law = (config.group_size, config.max_new_tokens), config.law
+    if run.sampler is None:
+        how = {"generator": learner.generator, "at_once": config.sample_batch}
+        with learner.accelerator.autocast():
+            return sample(*what, *size, **law, **how, stop=config.stop)
+    draws = {"generator": learner.generator, "device": learner.generator.device}
+    seed = torch.randint(2**31, (), **draws).item()
+    request = Request(*size, **law, stop=config.stop, seed=seed)
+    return ask_sampler(run.sampler, *what, request)
+
+# %% ../nbs/49_small_lm.ipynb #0209e9c2
 def _answers(run: LMRun, learner: LMLearner, n: int) -> Answers:
     "Graded answers to `n` fresh prompts."
     config, place = run.config, learner.accelerator
     of = place.process_index, place.num_processes
     prompts = learner.task.take(n, learner.asked, run.seed, *of)
     learner.asked += n
-    with place.autocast():
-        samples = sample(
-            learner.policy, learner.tokenizer, prompts, config.group_size,
-            config.max_new_tokens, **config.law, generator=learner.generator,
-            stop=config.stop, at_once=config.sample_batch,
-        )
+    samples = _samples(run, learner, prompts)
     state = SimpleNamespace(global_step=len(run.log), max_steps=config.steps)
     asked = learner.tokenizer, learner.task, learner.reward, config, state
     return grade(samples, prompts, *asked)
@@ -78,18 +90,36 @@ def _answers(run: LMRun, learner: LMLearner, n: int) -> Answers:
 # %% ../nbs/49_small_lm.ipynb #0051a2ad
 def _collect(run: LMRun, learner: LMLearner) -> tuple[Answers, dict[str, float]]:
     "The answers of a batch."
-    only = getattr(run.objective.advantage, "informative_only", False)
-    pad = pad_token_id(learner.tokenizer)
-    return collect(lambda n: _answers(run, learner, n), run.config, only, pad)
+    selection, pad = run.objective.selection, pad_token_id(learner.tokenizer)
+    dead = run.log[-1].get("dead_groups", 0.0) if run.log else 0.0
+    how = run.config, selection, pad, dead
+    return collect(lambda n: _answers(run, learner, n), *how)
 
 # %% ../nbs/49_small_lm.ipynb #ef9b07d2
+def _scores_again(run: LMRun, learner: LMLearner) -> bool:
+    "Whether the sampler's log-probabilities are not the learner's."
+    mixed = learner.accelerator.mixed_precision != "no"
+    return run.sampler is not None or run.config.cuts or mixed
+
+# %% ../nbs/49_small_lm.ipynb #58b678ee
 def _batch(run: LMRun, learner: LMLearner, answers: Answers) -> dict[str, Tensor]:
     "All that the loss needs of them."
     networks = learner.accelerator, learner.reference, learner.critic
-    again = run.config.cuts or learner.accelerator.mixed_precision != "no"
-    policy = learner.policy if again else None
+    policy = learner.policy if _scores_again(run, learner) else None
     with learner.accelerator.autocast():
         return learnable(run.objective, run.config, answers, *networks, policy)
+
+# %% ../nbs/49_small_lm.ipynb #9b9d3429
+def _mismatch(
+    run: LMRun, learner: LMLearner, answers: Answers, batch: dict[str, Tensor]
+) -> dict[str, float]:
+    "How far the sampler is from the learner, where the two differ."
+    if not _scores_again(run, learner):
+        return {}
+    both = batch["logp_old"], answers.samples.logps, answers.samples.mask
+    if run.sampler is not None:
+        all_or_none(learner.accelerator, lambda: check_mismatch(*both))
+    return {name: x.item() for name, x in mismatch_metrics(*both).items()}
 
 # %% ../nbs/49_small_lm.ipynb #5846e7e2
 def _improve(
@@ -131,10 +161,15 @@ def _advance(run: LMRun, learner: LMLearner) -> None:
     config, start = run.config, perf_counter()
     step = len(run.log) + 1
     _set_lr(learner, config, step)
+    if run.sampler is not None:
+        all_or_none(learner.accelerator, lambda: run.sampler.load(learner.policy))
     answers, facts = all_or_none(learner.accelerator, lambda: _collect(run, learner))
     sampled = perf_counter()
-    metrics = _improve(run, learner, _batch(run, learner, answers))
-    if config.reset_reference and step % config.reset_reference == 0:
+    batch = _batch(run, learner, answers)
+    facts |= _mismatch(run, learner, answers, batch)
+    metrics = _improve(run, learner, batch)
+    every = run.objective.kl.reset_every
+    if every and step % every == 0:
         _reset(learner)
     seconds = perf_counter() - start
     all_or_none(learner.accelerator, lambda: _check_finite(metrics))
@@ -195,6 +230,12 @@ def _check_task(run: LMRun, tokenizer: "PreTrainedTokenizerBase", task: Task) ->
     if run.config.eval_every:
         task.prompts(run.config.eval_prompts, seed=run.seed, held_out=True)
 
+# %% ../nbs/49_small_lm.ipynb #2f530fce
+def _check_sampler(sampler: Sampler | None) -> None:
+    fits = callable(sampler) and callable(getattr(sampler, "load", None))
+    rule = "None, or callable with a method load"
+    require(sampler is None or fits, "sampler", rule, describe(sampler))
+
 # %% ../nbs/49_small_lm.ipynb #afba1f36
 @contextmanager
 def _owned(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
@@ -209,9 +250,11 @@ def _asked(run: LMRun, task: Task, more: dict) -> dict[str, Any]:
     plain = type(task).__repr__ is object.__repr__  # an address, another one every time
     problems = type(task).__name__ if plain else str(task)
     facts = more | {"problems": problems, "seed": run.seed}
+    facts["sampler"] = run.sampler and type(run.sampler).__name__
     facts["config"] = asdict(run.config)
     facts["objective"] = {
         f.name: {"is": type(choice).__name__} | asdict(choice)
+        if isinstance(choice, Choice) else choice
         for f in fields(run.objective)
         for choice in [getattr(run.objective, f.name)]
     }
@@ -256,7 +299,7 @@ def _loop(
         stopped = any(gather_object([says is False]))
         done, going = len(run.log), len(run.log) < config.steps and not stopped
         if out is not None and (not going or done % config.checkpoint_every == 0):
-            save_learner(learner, run.log, out, bool(config.reset_reference))
+            save_learner(learner, run.log, out, bool(run.objective.kl.reset_every))
             for_all(learner.accelerator, lambda: write_table(out / "log.csv", run.log))
     if out is not None:
         what = out / "model", learner.policy, learner.tokenizer
@@ -278,24 +321,30 @@ def train_lm(
     progress: bool = True,      # show a progress bar
     report: Callable[[dict[str, float]], bool | None] | None = None,  # gets every row
     asked: dict | None = None,  # more facts for `run.json`
+    sampler: Sampler | None = None,  # another engine that samples; None: the model
 ) -> LMRun:
     """Let `model` learn from rewards.
 
     Of several processes the main one shows, reports and saves. A `report` that returns
-    False ends the run.
+    False ends the run. A `sampler` is given the weights before every batch, and its
+    log-probabilities are those of `samples.logps`; success on held-out problems is of
+    the model's own samples.
 
     Raises: `ValueError` if the objective and the settings do not fit together, or the
     device or the model is not one that can learn so; if a reward is missing or not
-    finite; if `out` holds a run and `resume` is false, or is another process's, or if
-    there is no run to resume, or something else was asked of it; `OSError` if `out`
-    cannot be written, with its last checkpoint as it was; `NoSignal` if no informative
-    groups are found; `Diverged` if a number is not finite.
+    finite; if what `sampler` writes is not of this model and tokenizer; if `out` holds
+    a run and `resume` is false, or is another process's, or if there is no run to
+    resume, or something else was asked of it; `OSError` if `out` cannot be written,
+    with its last checkpoint as it was; `NoSignal` if no informative groups are found;
+    `Diverged` if a number is not finite.
     """
     require(out or not resume, "out", "the folder of the run to resume", out)
     objective = find_objective(objective)
     config = default_lm_config(objective, model) if config is None else config
     config = replace(config, vocabulary=config.vocabulary or len(tokenizer))
-    run = LMRun(fit_objective(objective, config), config, seed, model)
+    config = fit_config(objective, config)
+    run = LMRun(fit_objective(objective, config), config, seed, model, sampler=sampler)
+    _check_sampler(sampler)
     out, facts = out and Path(out), _asked(run, task, asked or {})
     if resume:
         check_asked(out, facts, _FREE)

@@ -124,35 +124,79 @@ def test_full_batches_take_one_call():
     assert (filled.drawn, filled.draws, filled.groups) == (4, 1, [0, 1, 2, 3])
 
 
-def test_a_refill_asks_for_what_is_missing_over_the_share_that_was_kept():
+def test_a_refill_asks_for_one_deviation_more_than_is_missing():
     useful, dead = [0.0, 1.0], [0.0, 0.0]
     rows = [useful] * 6 + [dead] * 2 + [useful] * 8
     stream = Stream(torch.tensor(rows))
     fill_groups(stream, 8)
-    assert stream.asked == [8, 3]  # two are missing, 2 * 8 / 6 rounded up
+    # Two are missing and a quarter is dead: the least n with n·3/4 - √(n·3/16) >= 2.
+    n = 4
+    assert n * 3 / 4 - (n * 3 / 16) ** 0.5 >= 2 > (n - 1) * 3 / 4 - ((n - 1) * 3 / 16) ** 0.5
+    assert stream.asked == [8, n]
 
 
-def test_no_call_asks_for_more_than_a_batch_and_none_for_nothing():
+def test_a_share_that_is_known_to_be_dead_is_drawn_with_the_first_call():
+    stream = Stream(random_rewards(1000, 4, 0.3))
+    fill_groups(stream, 8, dead=0.5)
+    assert stream.asked[0] == 21  # 21/2 - √21/2 = 8.2, and 20/2 - √20/2 = 7.8
+    for dead, most in ((0.9, 24), (1.0, 24), (0.0, 8)):
+        stream = Stream(random_rewards(1000, 4, 0.3))
+        fill_groups(stream, 8, dead=dead)
+        assert stream.asked[0] == most
+
+
+def test_expecting_what_was_seen_takes_fewer_calls_and_few_more_groups():
+    share = 0.3**4 + 0.7**4
+    for expected, calls in ((0.0, 2.06), (share, 1.07)):
+        runs = [fill_groups(Stream(random_rewards(200, 4, 0.3, seed)), 16, dead=expected)
+                for seed in range(200)]
+        assert abs(sum(run.draws for run in runs) / 200 - calls) < 0.02
+        assert sum(run.drawn for run in runs) / 200 < 1.3 * 16 / (1 - share)
+
+
+@pytest.mark.parametrize("oversample", [1.0, 1.5, 3.0])
+def test_no_call_asks_for_more_than_its_bound_and_none_for_nothing(oversample):
     for seed in range(50):
         stream = Stream(random_rewards(1000, 4, 0.03, seed))
         try:
-            fill_groups(stream, 8)
+            fill_groups(stream, 8, oversample=oversample)
         except NoSignal:
             assert len(stream.asked) == 10
-        assert 0 < min(stream.asked) and max(stream.asked) <= 8
+        assert 0 < min(stream.asked) and max(stream.asked) <= 8 * oversample
+
+
+def test_another_rule_may_say_which_groups_are_kept():
+    rewards = random_rewards(1000, 4, 0.5)
+
+    def half(x):
+        return x.sum(1) == 2
+
+    filled = fill_groups(Stream(rewards), 16, keep=half)
+    assert filled.groups == half(rewards).nonzero().flatten()[:16].tolist()
+    never = lambda x: torch.zeros(len(x), dtype=torch.bool)  # noqa: E731
+    with pytest.raises(NoSignal, match="0 of 32 groups .* 1 have the lowest reward 0 .* 2 the"):
+        rows = [[0.0, 0]] + [[1.0, 1]] * 2 + [[0.0, 1]] * 99
+        fill_groups(Stream(torch.tensor(rows)), 8, 2, keep=never)
+
+
+def test_shares_and_bounds_that_make_no_sense_are_refused():
+    for change, message in ((dict(dead=1.1), "dead must be in"), (dict(dead=math.nan), "dead"),
+                            (dict(oversample=0.5), "oversample must be at least 1, got 0.5")):
+        with pytest.raises(ValueError, match=message):
+            fill_groups(Stream(torch.zeros(9, 2)), 2, **change)
 
 
 @pytest.mark.parametrize("draws", [1, 3, 10])
 def test_sampling_ends_after_max_draws(draws):
     stream = Stream(torch.zeros(1000, 4))
-    with pytest.raises(NoSignal, match=f"0 of {8 * draws} groups .* after {draws} draws"):
+    with pytest.raises(NoSignal, match=f"0 of {8 + 24 * (draws - 1)} groups .* after {draws} draws"):
         fill_groups(stream, 8, draws)
-    assert stream.asked == [8] * draws
+    assert stream.asked == [8] + [24] * (draws - 1)
 
 
 def test_the_last_draw_still_counts():
-    rows = [[0.0, 0.0]] * 8 + [[0.0, 1.0]] * 4
-    assert fill_groups(Stream(torch.tensor(rows)), 4, max_draws=3).groups == [8, 9, 10, 11]
+    rows = [[0.0, 0.0]] * 16 + [[0.0, 1.0]] * 12
+    assert fill_groups(Stream(torch.tensor(rows)), 4, max_draws=3).groups == [16, 17, 18, 19]
 
 
 def test_no_signal_says_what_was_seen_and_what_to_do():
@@ -168,7 +212,7 @@ def test_no_signal_says_what_was_seen_and_what_to_do():
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_no_signal_of_one_single_reward_points_at_the_reward(value):
     with pytest.raises(NoSignal, match=f"every reward is {value:g}: check the reward"):
-        fill_groups(Stream(torch.full((99, 4), value)), 8)
+        fill_groups(Stream(torch.full((999, 4), value)), 8)
 
 
 def test_no_signal_is_no_value_error():

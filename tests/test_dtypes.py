@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from po_book import (
     advantage,
     batch,
     checks,
+    credit,
     dapo,
     distributed,
     grpo,
@@ -28,6 +30,7 @@ from po_book import (
     lm_batch,
     lm_step,
     mdp,
+    mismatch,
     multi_agent,
     natural_gradient,
     objective,
@@ -39,11 +42,14 @@ from po_book import (
     reward_models,
     rlhf,
     rollout,
+    surrogates,
     tasks,
     tensor_env,
+    terms,
     trust_region,
     value_based,
 )
+from po_book import tokens as tokens_kinds
 from po_book.sampling import Samples
 
 DTYPES = torch.float32, torch.float64
@@ -91,6 +97,18 @@ def blocks():
 
 def rows(x):
     return *tokens(x), blocks()
+
+
+def one_each(x):
+    "Rows whose advantages are those of their response."
+    logp, logp_old, advantages, mask = rows(x)
+    return logp, logp_old, advantages[:, :1].expand(4, 3), mask
+
+
+def likely(x):
+    "As `tokens`, of tokens that have a probability."
+    logp, logp_old, advantages = tokens(x)
+    return -logp.abs(), -logp_old.abs(), advantages
 
 
 def ppo_columns(x):
@@ -242,11 +260,26 @@ def token_logps(x):
     return language_model.token_logprobs(lm, ids, mask, attention_mask=real, states=states)
 
 
+def row_numbers(x, function, *settings):
+    "Of a model's rows, from states that are known."
+    lm, ids, mask, real = lm_rows(x)
+    rows = {"ids": ids, "mask": mask, "attention_mask": real}
+    return function(lm, rows, *settings, states=x(2, 4, 32))
+
+
 def rlhf(x):
     lm, ids, mask, real = lm_rows(x)
     samples = Samples(ids, real, mask, x(2, 4) * mask, torch.ones(2, dtype=torch.bool))
     critic = lambda ids, real: x(2, 4, seed=4)  # noqa: E731
     return po_book.rlhf.rlhf_batch(samples, x(2), critic, lm, 0.1)
+
+
+def batch_of(x, objective=None):
+    "All that a loss may know of tokens; one advantage a response where that is wanted."
+    whole = objective is None or objective.advantage.whole
+    logp, logp_old, advantages, mask = one_each(x) if whole else rows(x)
+    others = x(4, 3, seed=3), x(4, 3, seed=4), x(4, 3, seed=5).abs()
+    return tokens_kinds.Tokens(logp, logp_old, advantages, mask, *others)
 
 
 def paid(x, name):
@@ -257,7 +290,13 @@ def paid(x, name):
 def advantages(x, name):
     preset, mask = objective.PRESETS[name], blocks()
     values = x(4, 3, seed=3) if preset.advantage.critic else None
-    return preset.advantage(x(4, 3) * mask, mask, 2, values)
+    rewards = x(4, 3).abs() * mask  # "mean" wants none below zero
+    return preset.advantage(credit.Paid(rewards, mask, 2, values))
+
+
+def bonus(name):
+    "A preset with an entropy bonus."
+    return replace(objective.PRESETS[name], entropy_coef=0.1).for_length(7)
 
 
 def every(function, *settings):
@@ -309,6 +348,8 @@ CALLS = {
     "language_model.token_logprobs": token_logps,
     "learner.Alone.average": lambda x: learner.Alone().average(x(3), 7),
     "learner.Alone.normalize": lambda x: learner.Alone().normalize(x(6, 2), x.flags(6, 2)),
+    "lm_step.row_logps": lambda x: row_numbers(x, lm_step.row_logps, {}, 1),
+    "lm_step.row_entropies": lambda x: row_numbers(x, lm_step.row_entropies),
     "lm_step.in_parts": lambda x: lm_step.in_parts(
         lambda rows, size: rows["x"], {"x": x(4, 3), "ids": x(4, 3), "attention_mask": blocks()},
         lm_batch.BatchConfig(prompts=2, group_size=2, micro_batch=1),
@@ -330,6 +371,13 @@ CALLS = {
         mdp.enumerate_trajectories(process(), x.chances(3, 2), 2)
     ),
     "mdp.sample_trajectories": sampled,
+    **{
+        f"mismatch.{f.__name__}": every(
+            lambda x, whole, f=f: f(*tokens(x)[:2], blocks(), whole=whole), (False,), (True,)
+        )
+        for f in (mismatch.truncated_weights, mismatch.band_weights)
+    },
+    "mismatch.mismatch_metrics": lambda x: mismatch.mismatch_metrics(*tokens(x)[:2], blocks()),
     "multi_agent.joint_policy": lambda x: multi_agent.joint_policy(two(x)),
     "multi_agent.agent_advantages": lambda x: multi_agent.agent_advantages(
         x(3, 2, 2), two(x), (1, 0)
@@ -345,23 +393,50 @@ CALLS = {
     ),
     "natural_gradient.trpo_step": lambda x: search(x, natural_gradient.trpo_step),
     **{
-        f"objective.{kind}.__call__": lambda x, name=name: advantages(x, name)
-        for kind, name in dict(
-            Returns="reinforce", Critic="ppo", Group="magistral", LeaveOneOut="rloo"
+        f"credit.{kind}.__call__": lambda x, names=names: [advantages(x, n) for n in names]
+        for kind, names in dict(
+            Returns=("reinforce", "reinforce++"), Critic=("ppo",),
+            Group=("grpo", "dr-grpo", "magistral", "maxrl", "reinforce++-baseline"),
+            LeaveOneOut=("rloo",),
         ).items()
     },
     **{
-        f"objective.{kind.__name__}.__call__": lambda x, kind=kind: kind()(*tokens(x))
-        for kind in (objective.OneStep, objective.Radius, objective.Penalty, objective.Clip)
+        f"tokens.{kind.__name__}.{name}": lambda x, kind=kind, name=name: getattr(
+            kind(), name
+        )(batch_of(x))
+        for kind in (
+            tokens_kinds.OneStep, tokens_kinds.Radius, tokens_kinds.Penalty,
+            tokens_kinds.Clip, tokens_kinds.SequenceClip, tokens_kinds.ClippedWeight,
+            tokens_kinds.SoftGate, tokens_kinds.GeometricClip,
+            tokens_kinds.ProbabilityMask,
+        )
+        for name in ("__call__", "metrics")
+        if name in vars(kind)
     },
+    **{
+        f"terms.{kind.__name__}.__call__": lambda x, kind=kind: [
+            kind(whole=whole)(batch_of(x)) for whole in (False, True)
+        ]
+        for kind in (terms.Truncated, terms.Banded)
+    },
+    "terms.Reference.rewards": lambda x: terms.NoReference().rewards(x(4), x(4, 3), blocks()),
+    "terms.Reference.divergence": lambda x: terms.NoReference().divergence(batch_of(x)),
+    "terms.InReward.rewards": lambda x: paid(x, "rloo"),
+    "terms.InLoss.price": lambda x: terms.InLoss().price(batch_of(x)),
+    "terms.InLoss.divergence": lambda x: terms.InLoss(corrected=True).divergence(batch_of(x)),
     "objective.Objective.rewards": every(paid, *((name,) for name in objective.PRESETS)),
-    "objective.Objective.__call__": every(
-        lambda x, name: objective.PRESETS[name](*tokens(x), **reference(x)),
-        *((name,) for name in objective.PRESETS),
-    ),
+    **{
+        f"objective.Objective.{method}": every(
+            lambda x, name, method=method: getattr(bonus(name), method)(
+                batch_of(x, objective.PRESETS[name])
+            ),
+            *((name,) for name in objective.PRESETS),
+        )
+        for method in ("__call__", "metrics")
+    },
     "objective.objective_loss": every(
         lambda x, name: objective.objective_loss(
-            objective.PRESETS[name].for_length(7), *rows(x), **reference(x)
+            bonus(name), batch_of(x, objective.PRESETS[name])
         ),
         *((name,) for name in objective.PRESETS),
     ),
@@ -484,6 +559,7 @@ CALLS = {
     "reward_models.pair_accuracy": lambda x: reward_models.pair_accuracy(x(4), x(4, seed=1)),
     "reward_models.best_of_n": lambda x: reward_models.best_of_n(x(3, 4), x(3, 4, seed=1), 2),
     "reward_models.potential_rewards": lambda x: reward_models.potential_rewards(x(4), 0.3),
+    "rlhf.terminal_rewards": lambda x: po_book.rlhf.terminal_rewards(x(4), blocks()),
     "rlhf.kl_rewards": lambda x: po_book.rlhf.kl_rewards(
         x(4), x(4, 3, seed=1), x(4, 3, seed=2), blocks(), 0.1
     ),
@@ -492,6 +568,20 @@ CALLS = {
     ),
     "rlhf.rlhf_batch": rlhf,
     "rollout.episode_returns": episodes,
+    "surrogates.sequence_ratio": lambda x: surrogates.sequence_ratio(
+        x(4, 3), x(4, 3, seed=1), blocks()
+    ),
+    **{
+        f"surrogates.{f.__name__}": lambda x, f=f: f(*one_each(x), 0.2, 0.3)
+        for f in (surrogates.gspo_surrogate, surrogates.gmpo_surrogate)
+    },
+    "surrogates.cispo_surrogate": every(
+        lambda x, *low: surrogates.cispo_surrogate(*tokens(x), 0.3, *low), (), (0.2,)
+    ),
+    "surrogates.sapo_surrogate": lambda x: surrogates.sapo_surrogate(*tokens(x)),
+    "surrogates.dppo_surrogate": every(
+        lambda x, kind: surrogates.dppo_surrogate(*likely(x), divergence=kind), ("tv",), ("kl",)
+    ),
     "tasks.minimise": minimised,
     "tensor_env.cartpole_motion": lambda x: tensor_env.cartpole_motion(
         x(5, 4), torch.arange(5) % 2
@@ -550,6 +640,14 @@ FLOAT64 = {
 NOT_CALLED = {
     "asynchronous.SharedWeights.pull": "fills what it is given, gives a count",
     "asynchronous.SharedWeights.push": "changes shared weights, gives a count",
+    "credit.Advantage.__call__": "a base",
+    "credit.AllGroups.__call__": "gives flags",
+    "credit.Informative.__call__": "gives flags",
+    "credit.Selection.__call__": "a base",
+    "terms.Correction.__call__": "a base",
+    "terms.Reference.price": "gives nothing",
+    "tokens.TrustRegion.__call__": "a base",
+    "tokens.TrustRegion.metrics": "gives nothing",
     "language_model.ValueModel.forward": "its head has float32, and so have its values",
     "policies.Normalizer.forward": "gives float32, which networks have, of wider observations",
     "policies.Policy.act": "a protocol",
@@ -569,11 +667,12 @@ def functions(module) -> Iterator[tuple[str, object]]:
 
 
 def takes_floats(f) -> bool:
-    "Whether something comes back, and an argument is annotated as a floating point tensor."
+    "Whether something comes back, and an argument is, or holds, floating point tensors."
     annotations = dict(inspect.unwrap(f).__annotations__)
     if "return" not in annotations or annotations.pop("return") is None:
         return False
-    return any("Float" in str(x) for x in annotations.values())
+    kinds = "Float", "tokens.Tokens", "credit.Paid"
+    return any(kind in str(x) for x in annotations.values() for kind in kinds)
 
 
 def every_function() -> set[str]:

@@ -183,12 +183,31 @@ def test_rewards_that_are_no_groups_of_numbers_are_refused(function, rewards, ma
 
 
 def test_unknown_scale_and_negative_eps_are_refused():
-    with pytest.raises(ValueError, match="scale must be one of group, batch, advantage, none, got"):
+    with pytest.raises(ValueError, match="scale must be one of group, batch, advantage, mean, none, got"):
         group_advantages(torch.zeros(1, 2), "std")
     for eps in -1e-6, math.nan, math.inf:
-        for scale in "group", "batch", "none":
+        for scale in "group", "batch", "mean", "none":
             with pytest.raises(ValueError, match=rf"eps must be in \[0, inf\), got {eps}"):
                 group_advantages(torch.zeros(1, 2), scale, eps=eps)
+
+
+def test_over_the_mean_by_hand_and_a_group_without_success_is_zero():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [4, 2, 0, 2]]).double()
+    want = torch.tensor([[3.0, -1, -1, -1], [0] * 4, [0] * 4, [1, 0, -1, 0]]).double()
+    torch.testing.assert_close(group_advantages(rewards, "mean", eps=0), want)
+    with pytest.raises(ValueError, match="rewards must be at least 0, got -1"):
+        group_advantages(torch.tensor([[1.0, -1.0]]), "mean")
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.95])
+def test_over_the_mean_a_prompt_weighs_the_first_terms_of_a_series(p, size):
+    "Enumerated: the weight of its gradient is 1 + (1 - p) + ... with size - 1 terms."
+    rewards = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * size)
+    chance = torch.where(rewards > 0, p, 1 - p).prod(1)
+    estimate = (group_advantages(rewards, "mean", eps=0) * (rewards - p)).mean(1)
+    weight = (chance * estimate).sum() / (p * (1 - p))
+    assert weight.item() == pytest.approx(sum((1 - p) ** k for k in range(size - 1)), abs=1e-12)
 
 
 # Advantages of steps

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from po_book.credit import AllGroups, Informative
 from po_book.dapo import NoSignal
 from po_book.language_model import char_tokenizer
 from po_book.lm_batch import Answers, BatchConfig, collect, grade
@@ -69,12 +70,12 @@ def test_every_completion_is_graded_with_the_columns_of_its_prompt():
 def test_dynamic_sampling_goes_by_the_verdicts_and_counts_what_was_drawn():
     drawn = iter([
         answers([[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.5], [0.0, 1.0]], "first "),
-        answers([[0.0, 0.0], [1.0, 0.0]], name="second "),
+        answers([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]], name="second "),
     ])
-    found, facts = collect(lambda n: next(drawn), CONFIG, True, TOKENIZER.pad_token_id)
+    found, facts = collect(lambda n: next(drawn), CONFIG, Informative(), TOKENIZER.pad_token_id)
     assert found.prompts == ["first 1", "second 1"]
     assert found.verdicts.tolist() == [[0, 1], [1, 0]]
-    assert facts == {"dead_groups": 0.5, "drawn_groups": 4}
+    assert facts == {"dead_groups": pytest.approx(4 / 6), "drawn_groups": 6, "draws": 2}
 
 
 def test_informative_groups_that_were_too_many_are_not_dead():
@@ -84,20 +85,36 @@ def test_informative_groups_that_were_too_many_are_not_dead():
     def draw(n):
         return answers([live, live, dead] if n == 3 else [live] * n)
 
-    found, facts = collect(draw, config, True, TOKENIZER.pad_token_id)
-    assert len(found.prompts) == 3 and facts["drawn_groups"] == 5
-    assert facts["dead_groups"] == pytest.approx(1 / 5)
+    found, facts = collect(draw, config, Informative(), TOKENIZER.pad_token_id)
+    # One is missing and a third was dead: 3·2/3 - √(3·2/9) > 1 > 2·2/3 - √(2·2/9)
+    assert len(found.prompts) == 3 and facts["drawn_groups"] == 3 + 3
+    assert facts["dead_groups"] == pytest.approx(2 / 6)  # one in each call
+
+
+def test_what_was_dead_before_is_drawn_at_once():
+    asked = []
+
+    def draw(n):
+        asked.append(n)
+        return answers([[0.0, 1.0]] * n)
+
+    config = replace(CONFIG, prompts=4)
+    for dead, oversample in ((0.0, 3.0), (0.5, 3.0), (0.5, 1.5)):
+        how = replace(config, oversample=oversample), Informative(), TOKENIZER.pad_token_id
+        found, facts = collect(draw, *how, dead)
+        assert len(found.prompts) == 4 and facts["draws"] == 1
+    assert asked == [4, 12, 6]
 
 
 def test_too_few_draws_are_said():
     dead = lambda n: answers([[1.0, 1.0]] * n)  # noqa: E731
     with pytest.raises(NoSignal, match="every reward is 1"):
-        collect(dead, replace(CONFIG, max_draws=2), True, TOKENIZER.pad_token_id)
+        collect(dead, replace(CONFIG, max_draws=2), Informative(), TOKENIZER.pad_token_id)
 
 
 def test_without_dynamic_sampling_dead_groups_are_counted_and_kept():
     given = answers([[1.0, 1.0], [0.0, 1.0]])
-    found, facts = collect(lambda n: given, CONFIG, False, TOKENIZER.pad_token_id)
+    found, facts = collect(lambda n: given, CONFIG, AllGroups(), TOKENIZER.pad_token_id)
     assert found is given and facts == {"dead_groups": 0.5}
 
 

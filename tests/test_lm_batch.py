@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny_models import SMALL, generator
 
+from po_book.credit import AllGroups, Informative
 from po_book.language_model import char_tokenizer, tiny_lm, token_logprobs
 from po_book.lm_batch import Answers, BatchConfig, all_or_none, collect, grade
 from po_book.lm_step import ActorCritic, gradient_step, in_parts, learnable, row_logps, split_rows
@@ -265,9 +266,9 @@ def test_what_a_reward_tells_is_in_the_log_and_beside_the_examples():
     assert [row["first"] for row in shown] == [x[:1] for x in samples.texts(tokenizer)[:3]]
     second = answers.groups()[1].first_group(tokenizer)
     assert [row["first"] for row in second] == [x[:1] for x in samples.texts(tokenizer)[3:]]
-    for informative_only in (False, True):
+    for selection in (AllGroups(), Informative()):
         config = BatchConfig(prompts=2, group_size=3, max_new_tokens=6)
-        _, facts = collect(lambda n: answers, config, informative_only, 0)
+        _, facts = collect(lambda n: answers, config, selection, 0)
         assert facts["rewards/share of ones"] == 0.25 and facts["dead_groups"] == 0
 
 
@@ -279,7 +280,7 @@ def test_a_sum_of_rewards_logs_its_parts_by_name():
         return [1.0, None, None] * 2
 
     _, answers = graded(["1+2=", "3+4="], weighted_sum([long, short], [1.0, 0.5]), char_tokenizer())
-    _, facts = collect(lambda n: answers, BatchConfig(prompts=2, group_size=3), False, 0)
+    _, facts = collect(lambda n: answers, BatchConfig(prompts=2, group_size=3), AllGroups(), 0)
     got = {name: x for name, x in facts.items() if name.startswith("rewards/")}
     assert got == {"rewards/long/mean": 2, "rewards/long/weight": 1, "rewards/short/mean": 1,
                    "rewards/short/weight": 0.5}

@@ -377,7 +377,7 @@ def test_everything_that_is_asked_reaches_the_run_and_comes_back(here, monkeypat
     asked = read_language(Path("out"))
     config = tiny_config(
         **SMALL, temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, stop=("7", ",9"), sample_batch=1,
-        precision="bf16", recompute=True, micro_tokens=40, vocabulary=18,
+        precision="bf16", recompute=True, micro_tokens=40, vocabulary=18, overlong_cache=0,
     )  # fmt: skip
     assert asked == job(
         "x.jsonl", config=config, lora=2, reward=("task", "rewards.py:ones"), reward_weights=(1.0, -0.5),

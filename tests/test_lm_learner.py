@@ -20,11 +20,13 @@ from po_book.pretrained import is_peft, load_lm
 from po_book.rollout import spawn_seed
 from po_book.sampling import sample
 from po_book.tasks import ChainAddition, is_held_out, sft
+from po_book.terms import InLoss
 from po_book.train_lm import train_lm
 
 TASK = ChainAddition(2, 3)
 FEW = tiny_config(steps=2, prompts=4, group_size=4, max_new_tokens=8, warmup=0, anneal=False, epochs=1,
                   minibatches=1)
+RESET = replace(PRESETS["grpo"], kl=InLoss(reset_every=2))
 QUIET = dict(device="cpu", progress=False)
 
 
@@ -271,13 +273,13 @@ def test_ppo_with_adapters_has_a_critic_of_its_own(tokenizer):
 
 
 def test_a_reference_that_is_the_model_itself_cannot_be_reset(tokenizer):
-    with pytest.raises(ValueError, match="reset_reference must be 0 with adapters"):
-        train_lm(adapted(zero=True), tokenizer, TASK, by_length, "grpo", replace(FEW, reset_reference=2), **QUIET)
+    with pytest.raises(ValueError, match="reset_every must be 0 with adapters"):
+        train_lm(adapted(zero=True), tokenizer, TASK, by_length, RESET, FEW, **QUIET)
 
 
 def test_a_run_that_begins_with_adapters_is_measured_from_them_and_may_reset(tokenizer):
-    config = replace(FEW, steps=3, lr=1e-2, reset_reference=2)
-    log = train_lm(adapted(), tokenizer, TASK, by_length, "grpo", config, **QUIET).log
+    config = replace(FEW, steps=3, lr=1e-2)
+    log = train_lm(adapted(), tokenizer, TASK, by_length, RESET, config, **QUIET).log
     assert abs(log[0]["kl"]) < 1e-6 < log[1]["kl"] and abs(log[2]["kl"]) < 1e-6
 
 
