@@ -282,9 +282,12 @@ def from_scratch(plan: Plan) -> None:
 
 def reckoned(plan: Plan) -> Iterator[list[str]]:
     "What a T4 should hold, by what holds it; nothing of it is measured."
-    for job in ways(job_of(replace(plan, device="cuda")), "fp16"):
+    whole = job_of(replace(plan, device="cuda"))
+    longer = replace(whole, new=2 * whole.new, precision="fp16", lora=True)
+    for job in [*ways(whole, "fp16"), longer, replace(longer, prompts=1)]:
         parts, (drawn, learnt) = memory(job), seconds(job)
-        yield [job.name, *(f"{parts[name]:.3g}" for name in PARTS), f"{drawn:.3g}", f"{learnt:.3g}"]
+        name = f"{job.name}: {job.rows} of {job.new} tokens"
+        yield [name, *(f"{parts[name]:.3g}" for name in PARTS), f"{drawn:.3g}", f"{learnt:.3g}"]
 
 
 PARTS = ["weights", "moments", "gradients", "second gradient of the table", "weights in two bytes",

@@ -34,7 +34,7 @@ def test_what_a_card_is_asked_runs_without_one(tmp_path):
     assert list(steps) == ["all weights, float32", *ways]
     assert all(float(seconds) > float(sampling) > 0 for seconds, _, _, sampling, *_ in steps.values())
     assert [name for name, *_ in table(tmp_path / "lm_t4_cpu.csv")[1:]] == ways[1:]
-    assert len(table(tmp_path / "lm_t4_reckoned.csv")) == 6
+    assert len(table(tmp_path / "lm_t4_reckoned.csv")) == 8
     samplers = [(name, float(over)) for _, name, *_, over, _ in table(tmp_path / "lm_sampling_cpu.csv")[1:]]
     assert [name for name, _ in samplers] == ["generate", "po_book sample"] * 3
     assert [over for name, over in samplers if name == "po_book sample"] == [1] * 3
