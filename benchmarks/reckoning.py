@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from po_book.language_model import token_logprobs
 from po_book.lm_learner import Precision
@@ -19,7 +19,7 @@ from po_book.pretrained import float32_masters, learning
 GIB = 2**30
 MAX_LOGITS = 2**26  # that `token_logprobs` holds at a time
 RANK = 16           # of adapters, on all linear layers
-HALVES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ class Job:
 def build(shape: Shape, precision: Precision = "float32", lora: bool = False, device: str = "cpu"):
     "A model with random weights: all of them learn, or adapters do."
     torch.manual_seed(0)
+    store = DTYPES[precision] if lora else torch.float32
     with torch.device(device):
-        model = Qwen2ForCausalLM(shape.config).eval()
+        model = AutoModelForCausalLM.from_config(shape.config, dtype=store).eval()
     if lora:
         where = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model.to(HALVES[precision]), where)
+        model = get_peft_model(model, where)
     return float32_masters(model)
 
 
