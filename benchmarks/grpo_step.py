@@ -26,11 +26,14 @@ import torch
 from provenance import peak_mb, record
 from trl import __version__ as trl_version
 
+from po_book.credit import Group
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import tiny_config
-from po_book.objective import Aggregation, Clip, Group, InLoss, NoReference, Objective
+from po_book.objective import Objective
 from po_book.pretrained import load_lm
 from po_book.tasks import ChainAddition, sft
+from po_book.terms import Aggregation, InLoss, NoReference
+from po_book.tokens import Clip
 from po_book.train_lm import train_lm
 
 PROMPTS, GROUP, NEW, STEPS, TURNS = 8, 8, 16, 12, 5

@@ -17,19 +17,14 @@ import torch
 from provenance import peak_mb
 from recording import Record, asked
 
+from po_book.credit import Group, Informative
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import LMConfig, tiny_config
-from po_book.objective import (
-    PRESETS,
-    Aggregation,
-    Clip,
-    Group,
-    InReward,
-    NoReference,
-    Objective,
-)
+from po_book.objective import PRESETS, Objective
 from po_book.pretrained import load_lm
 from po_book.tasks import ChainAddition, sft, success_rate
+from po_book.terms import Aggregation, InReward, NoReference
+from po_book.tokens import Clip
 from po_book.train_lm import train_lm
 
 ADDITION = ChainAddition(3, 5)
@@ -88,7 +83,7 @@ RECORDS = {
         "+ soft penalty": Variant(HIGHER, SOFT),
         "+ token-level loss": Variant(TOKEN, SOFT),
         "+ dynamic sampling": Variant(
-            replace(TOKEN, advantage=Group(informative_only=True)), SOFT
+            replace(TOKEN, selection=Informative()), SOFT
         ),
     }),
     "rlhf_beta": LMRecord(ADDITION, 3, {

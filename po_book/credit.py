@@ -71,7 +71,7 @@ class Paid:
 class Advantage(Choice):
     "What pushes a token: a subclass has a `__call__`, and says what that needs."
 
-    critic: ClassVar[bool] = False  # values of prefixes, and so a network that learns them
+    critic: ClassVar[bool] = False  # values of prefixes, by a network that learns them
     value_coef = 0.5                # weight of that network's loss
     whole: ClassVar[bool] = False   # all tokens of a response have the same
     least: ClassVar[int] = 1        # completions of a prompt that it needs

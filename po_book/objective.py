@@ -203,7 +203,7 @@ def _change(a: Choice | float, b: Choice | float) -> str:
 # %% ../nbs/48_objective.ipynb #e0b66c34
 def difference(a: Objective, b: Objective) -> str:
     "What changes from `a` to `b`, in words."
-    pairs = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Objective)}
+    pairs = {name: (x, getattr(b, name)) for name, x in vars(a).items()}
     changes = [f"{name}: {_change(*pair)}" for name, pair in pairs.items()
                if pair[0] != pair[1]]
     return "; ".join(changes) or "nothing"

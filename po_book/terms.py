@@ -132,8 +132,10 @@ class InLoss(Reference):
         logp_ref = tokens.given("logp_ref", self)
         return self._estimate(tokens.logp.detach(), logp_ref, "k3", tokens)
 
-    def _estimate(self, logp: Tensor, logp_ref: Tensor, kind: str, at: Tokens) -> Tensor:
-        old = at.logp_old if self.corrected else None
+    def _estimate(
+        self, logp: Tensor, logp_ref: Tensor, kind: str, tokens: Tokens
+    ) -> Tensor:
+        old = tokens.logp_old if self.corrected else None
         return kl_estimate(logp, logp_ref, kind, old)
 
 # %% ../nbs/47e_terms.ipynb #2a97c2a3

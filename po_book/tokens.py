@@ -255,7 +255,7 @@ class GeometricClip(TrustRegion):
     high: float = 0.4  # log-ratios below this, where it is positive
     whole: ClassVar[bool] = True
     limits = {"low": "[0, inf]", "high": "[0, inf]"}
-    text = "geometric mean of the response's ratios, logs clipped to -{low:g} to {high:g}"
+    text = "geometric mean of the response's ratios, logs within -{low:g} to {high:g}"
 
     def __call__(self, tokens: Tokens) -> Float[Tensor, "N L"]:
         "What is maximised, of every token. Raises: `ValueError` as `gmpo_surrogate`."

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from inspect import getsource
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,17 @@ import po_book.train
 from po_book import cli, lm_job
 from po_book.checkpoint import lock_folder
 from po_book.cli import LANGUAGE, main
+from po_book.credit import Group
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_job import RowOptions, load_reward, load_task, read_language
 from po_book.lm_learner import default_lm_config, tiny_config
-from po_book.objective import PRESETS, Clip, Group, InLoss
+from po_book.objective import PRESETS
 from po_book.rollout import evaluate
 from po_book.runs import log_to, record_episode, wandb_logger, write_events
 from po_book.sampling import sample
 from po_book.spaces import make_policy, make_q_policy
+from po_book.terms import InLoss, Truncated
+from po_book.tokens import Clip
 from po_book.train import ALGORITHMS, default_config, load_run, train
 from po_book.pretrained import load_lm
 from po_book.train_lm import train_lm
@@ -94,7 +97,9 @@ def settings(algorithm: str) -> list:
     "Everything that has fields which are flags."
     if algorithm in ALGORITHMS:
         return [default_config(algorithm, "")]
-    return [default_lm_config(algorithm), *vars(PRESETS[algorithm]).values(), RowOptions()]
+    preset = PRESETS[algorithm]
+    parts = [x for x in vars(preset).values() if is_dataclass(x)]
+    return [default_lm_config(algorithm), *parts, RowOptions()]
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, *LANGUAGE])
@@ -724,7 +729,7 @@ def test_the_run_of_a_language_model_says_all_that_was_asked(spoke, tiny):
     }  # fmt: skip
     assert facts.items() <= asked.items()
     assert asked["objective"]["kl"] == {
-        "is": "InLoss", "beta": 0.02, "kind": "k3", "corrected": False,
+        "is": "InLoss", "beta": 0.02, "kind": "k3", "corrected": False, "reset_every": 0,
     }  # fmt: skip
     assert asked["config"]["max_new_tokens"] == 4
 
@@ -781,13 +786,14 @@ def test_problems_of_a_file_are_learned(tiny, here, capsys):
 
 
 def test_choices_of_a_preset_are_read_back(tiny, here):
-    more = "--low 0.1 --no-informative-only --scale none --gamma 1"
-    line = f"train dapo --task countdown --model {tiny} {SMALL} --steps 1 --out x"
-    assert run(f"{line} {more}") == 2  # no discount in DAPO
+    more = "--low 0.1 --normalize --scale batch --entropy-coef 0.1 --gamma 1"
+    line = f"train grpo-tis --cap 3 --task countdown --model {tiny} {SMALL} --steps 1 --out x"
+    assert run(f"{line} {more}") == 2  # no discount in GRPO
     assert run(f"{line} {more.removesuffix(' --gamma 1')}") == 0
     objective = read_language(Path("x")).objective
-    assert objective.trust == Clip(0.1, 0.28)
-    assert objective.advantage == Group("none", informative_only=False)
+    assert objective.trust == Clip(0.1) and objective.correction == Truncated(3)
+    assert objective.advantage == Group("batch", normalize=True)
+    assert objective.entropy_coef == 0.1 and objective.overlong == 0
 
 
 def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
@@ -804,7 +810,8 @@ def test_a_batch_without_a_signal_ends_in_a_line(tiny, here, capsys):
 def spoken_facts() -> dict[str, dict]:
     "What runs of a language model were asked: of this version, torn, and of others."
     task = cli.Language("grpo", PRESETS["grpo"], tiny_config(), "countdown", device="cpu")
-    objective = {k: asdict(choice) for k, choice in vars(task.objective).items()}
+    choices = vars(task.objective).items()
+    objective = {k: asdict(x) if is_dataclass(x) else x for k, x in choices}
     asked = task.asked | {"config": asdict(task.config), "objective": objective}
     torn = {k: x for k, x in asked.items() if k != "model"}
     older = {k: x for k, x in asked["config"].items() if k != "recompute"}

@@ -11,11 +11,16 @@ from tiny_models import SMALL, generator
 from po_book.credit import AllGroups, Informative
 from po_book.language_model import char_tokenizer, tiny_lm, token_logprobs
 from po_book.lm_batch import Answers, BatchConfig, all_or_none, collect, grade
-from po_book.lm_step import ActorCritic, gradient_step, in_parts, learnable, row_logps, split_rows
+from po_book.lm_step import (
+    ActorCritic, gradient_step, in_parts, learnable, row_entropies, row_logps, row_states,
+    split_rows,
+)
 from po_book.objective import PRESETS
 from po_book.rewards import RewardLog, weighted_sum
 from po_book.sampling import sample
 from po_book.tasks import ChainAddition
+from po_book.terms import Banded, NoReference
+from po_book.tokens import Clip
 
 TASK, ALONE = ChainAddition(2, 5), SimpleNamespace(num_processes=1)
 PARTS = [
@@ -89,28 +94,85 @@ def test_asked_in_parts_a_model_says_the_same(parts, answers):
     assert got[rows["mask"]].std() > 0.01
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo"])
+def one_step(objective, config: BatchConfig, answers: Answers) -> tuple[torch.Tensor, dict]:
+    "Gradient and metrics of a step, where the old policy is another one than the sampler."
+    old, model = (tiny_lm(char_tokenizer(), **SMALL, seed=seed) for seed in (5, 0))
+    accelerator, reference = Accelerator(cpu=True), tiny_lm(char_tokenizer(), **SMALL, seed=3)
+    batch = learnable(objective, config, answers, accelerator, reference, policy=old)
+    networks, kept = ActorCritic(model), []
+    optimizer = torch.optim.SGD(networks.parameters(), 0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: kept.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    )
+    metrics = gradient_step(objective, config, batch, networks, optimizer, accelerator, torch.inf)
+    return kept[0], metrics
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "gmpo", "grpo-tis"])
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 def test_a_gradient_in_parts_is_that_of_the_batch(name, parts, answers):
-    def step(config: BatchConfig) -> tuple[torch.Tensor, dict]:
-        model = tiny_lm(char_tokenizer(), **SMALL)
-        accelerator = Accelerator(cpu=True)
-        objective = PRESETS[name].for_length(12)
-        batch = learnable(objective, config, answers, accelerator, tiny_lm(char_tokenizer(), **SMALL, seed=3))
-        networks, kept = ActorCritic(model), []
-        optimizer = torch.optim.SGD(networks.parameters(), 0.0)
-        optimizer.register_step_pre_hook(
-            lambda *_: kept.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        )
-        metrics = gradient_step(objective, config, batch, networks, optimizer, accelerator, torch.inf)
-        return kept[0], metrics
-
-    whole, metrics = step(batch_config())
-    part, others = step(batch_config(**parts))
+    objective = replace(PRESETS[name], entropy_coef=0.1).for_length(12)
+    whole, metrics = one_step(objective, batch_config(), answers)
+    part, others = one_step(objective, batch_config(**parts), answers)
     torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-6)
     assert metrics.keys() == others.keys()
     for key in metrics:
         torch.testing.assert_close(others[key], metrics[key], rtol=1e-4, atol=1e-5)
+
+
+def plain_entropies(model, rows, temperature=1.0, vocabulary=None):
+    "From one pass over whole rows."
+    ids, real = rows["ids"], rows["attention_mask"]
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=real.long(), position_ids=positions).logits
+    logp = (logits[:, :-1, :vocabulary] / temperature).log_softmax(-1)
+    H = -(logp.exp() * logp).sum(-1)
+    return torch.nn.functional.pad(H, (1, 0)) * rows["mask"]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"vocabulary": 15}, {"max_logits": 50}], ids=str)
+def test_entropies_are_those_of_the_whole_distribution(how, answers):
+    model, rows = tiny_lm(char_tokenizer(), **SMALL), rows_of(answers)
+    with torch.no_grad():  # or all tokens would be nearly as likely
+        model.get_output_embeddings().weight *= 20
+    got = row_entropies(model, rows, row_states(model, rows, 4), **how)
+    want = plain_entropies(model, rows, how.get("temperature", 1.0), how.get("vocabulary"))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert got[rows["mask"]].std() > 0.01
+    for mine, theirs in zip(*(torch.autograd.grad(x.sum(), model.parameters()) for x in (got, want))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_an_entropy_bonus_adds_the_gradient_of_the_entropy(answers):
+    "With the weights of the aggregation; at another temperature than one."
+    config, objective = batch_config(temperature=0.7), PRESETS["dr-grpo"].for_length(12)
+    plain, _ = one_step(objective, config, answers)
+    ours, metrics = one_step(replace(objective, entropy_coef=0.3), config, answers)
+    model, rows = tiny_lm(char_tokenizer(), **SMALL), rows_of(answers)
+    H = plain_entropies(model, rows, 0.7)
+    grads = torch.autograd.grad(-0.3 * H.sum() / (20 * 12), model.parameters())
+    want = torch.cat([g.flatten() for g in grads])
+    torch.testing.assert_close(ours - plain, want, rtol=1e-3, atol=1e-6)
+    assert want.abs().max() > 1e-3
+    torch.testing.assert_close(metrics["policy_entropy"], H.detach()[rows["mask"]].mean())
+
+
+def test_who_has_sampled_is_kept_where_a_correction_wants_it(answers):
+    old = tiny_lm(char_tokenizer(), **SMALL, seed=5)
+    for name in "grpo-tis", "grpo-icepop", "dppo":
+        objective = replace(PRESETS[name], kl=NoReference())
+        batch = learnable(objective, batch_config(), answers, ALONE, policy=old)
+        assert torch.equal(batch["logp_sampler"], answers.samples.logps)
+        assert (batch["logp_old"] - batch["logp_sampler"])[batch["mask"]].abs().mean() > 0.01
+    assert "logp_sampler" not in learnable(PRESETS["dapo"], batch_config(), answers, ALONE)
+
+
+def test_a_correction_weighs_the_step(answers):
+    base = replace(PRESETS["dr-grpo"], trust=Clip(0.9, 9.0)).for_length(12)
+    plain, _ = one_step(base, batch_config(), answers)
+    same, _ = one_step(replace(base, correction=Banded(0.0, torch.inf)), batch_config(), answers)
+    nothing, _ = one_step(replace(base, correction=Banded(1.0, 1.0)), batch_config(), answers)
+    assert (plain - same).abs().max() > 1e-3 and nothing.abs().max() < 1e-6
 
 
 def test_a_part_without_tokens_leaves_the_means_of_the_others(answers):

@@ -9,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from tiny_models import MODELS, SMALL, adapted, dropping, generator, save_tiny
 
+from po_book.credit import Informative
 from po_book.data import Problems
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import (
-    LMConfig, default_lm_config, make_accelerator, new_lm_learner, restore_learner, save_learner, save_lm,
+    LMConfig, default_lm_config, fit_objective, make_accelerator, new_lm_learner, restore_learner, save_learner, save_lm,
     tiny_config,
 )
 from po_book.objective import PRESETS
@@ -41,6 +42,15 @@ def tokenizer():
 
 def flat(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_group_of_one_is_refused_where_others_are_needed():
+    one = replace(FEW, group_size=1)
+    for objective in (PRESETS["grpo"], PRESETS["rloo"], replace(PRESETS["rlhf-ppo"], selection=Informative())):
+        with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
+            fit_objective(objective, one)
+    for name in "rlhf-ppo", "reinforce++":
+        assert fit_objective(PRESETS[name], one) == PRESETS[name]
 
 
 # Devices and precisions

@@ -699,7 +699,7 @@ def test_the_words_of_every_choice():
         "ratio as a constant weight, at most 4",
         "ratio as a constant weight, at least 0.5 and at most 4",
         "slope fading with the ratio, τ = 2 and 3",
-        "geometric mean of the response's ratios, logs clipped to -1 to 2",
+        "geometric mean of the response's ratios, logs within -1 to 2",
         "none where the probability has moved by more than 0.2",
         "ratio of the token, old policy over sampler, at most 3",
         "ratio of the response, old policy over sampler, masked outside 0.1 to 7",

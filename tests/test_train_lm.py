@@ -16,10 +16,10 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from po_book import lm_step
+from po_book import lm_batch, lm_step
 from po_book import train_lm as module
 from po_book.checkpoint import lock_folder
-from po_book.credit import Paid
+from po_book.credit import AllGroups, Paid
 from po_book.dapo import NoSignal
 from po_book.data import Problems
 from po_book.language_model import char_tokenizer, tiny_lm
@@ -250,6 +250,23 @@ def test_the_soft_penalty_is_part_of_the_reward():
     config = replace(SMALL, steps=1)
     plain, punished = run(config=config), run(config=replace(config, overlong_cache=3))
     assert punished.log[0]["reward"] < plain.log[0]["reward"]
+
+
+def test_a_method_brings_its_own_price_of_length_unless_another_is_asked_for():
+    config, groups = replace(SMALL, steps=1, max_new_tokens=16), replace(PRESETS["dapo"], selection=AllGroups())
+    of_its_own, none, two = (run(groups, replace(config, overlong_cache=n)) for n in (None, 0, 2))
+    assert [x.config.overlong_cache for x in (of_its_own, none, two)] == [3, 0, 2]  # 16 / 5
+    assert of_its_own.log[0]["reward"] < none.log[0]["reward"]
+    assert run("grpo", config).config.overlong_cache == 0
+
+
+def test_a_batch_asks_at_once_for_what_the_last_one_took(monkeypatch):
+    asked, fill = [], lm_batch.fill_groups
+    monkeypatch.setattr(lm_batch, "fill_groups", lambda *x, **how: asked.append(how["dead"]) or fill(*x, **how))
+    done = run("dapo", replace(SMALL, max_draws=50), reward=rare)
+    _, dead = done.curve("dead_groups")
+    assert asked == [0.0, *dead[:-1]] and min(dead) > 0
+    assert all(row["draws"] >= 1 for row in done.log)
 
 
 def resetting(every):
