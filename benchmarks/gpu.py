@@ -1,8 +1,8 @@
-"""All that needs a card, in one command: cells, tests, CartPole, language models. No network is needed.
+"""All that needs a card, in one command: cells, tests, CartPole, language models.
 
 Run: python benchmarks/gpu.py [--device cpu] [--small] [--minutes 9] [--out results]
 
-First every chapter with a `#| cuda` cell, with these cells, and every test that needs a
+No network is needed. First every chapter with a `#| cuda` cell, with these cells, and every test that needs a
 card; then the tables of `cartpole_gpu.py` and those of `lm_gpu.py`. Each has a share of the
 time, and says where that was too little. Each line is written when it is there, so what was
 measured before an interruption is kept. `--device cpu --small` runs the same script
@@ -61,9 +61,9 @@ def checks(plan: Plan) -> Iterator[list[str]]:
 
 def main(plan: Plan) -> bool:
     "Whether all checks passed."
-    part = plan.share(0.3)
+    part = plan.share(0.4)
     rows = keep(part, "gpu_checks", ["what", "seconds", "result"], checks(part))
-    cartpole(plan.share(0.4))
+    cartpole(plan.share(0.35))
     language_models(plan)
     return not any(re.search("failed|error|not finished", result) for *_, result in rows)
 

@@ -149,7 +149,8 @@ def ways(job: Job, half: str) -> list[Job]:
 def step_lines(plan: Plan) -> Iterator[list[str]]:
     "A line for every way to make a step."
     for job in ways(job_of(plan), "bf16"):
-        yield line(job.name, len(STEP), lambda: step(job, plan.device, 3 if plan.device == "cuda" else 1))
+        count = 3 if plan.device == "cuda" else 1
+        yield line(job.name, len(STEP), lambda: step(job, plan.device, count))
 
 
 T4 = ["run on a T4", "GiB of tensors", "GiB reserved", "GiB reckoned", "minutes of 100 steps reckoned"]
@@ -209,6 +210,7 @@ def clocked(act: Callable[[], object], device: str) -> float:
 def sampling_lines(plan: Plan) -> Iterator[list[str]]:
     "Two lines for every kind of weights."
     turns, whole = (1 if plan.small else 3), job_of(plan)
+    whole = replace(whole, new=whole.new // 2)  # three kinds, two ways and four turns
     for precision, lora in (("float32", False), ("bf16", False), ("bf16", True)):
         job = replace(whole, precision=precision, lora=lora)
         ready, times, peaks = samplers(job, plan.device), {}, {}
@@ -272,6 +274,9 @@ class Curve:
 
 def from_scratch(plan: Plan) -> None:
     "Imitation first, then reward."
+    if perf_counter() > plan.deadline:
+        print("lm_from_scratch: no time was left for it")
+        return
     curve = Curve(plan)
     half = (curve.start + plan.deadline) / 2
     curve.teach(*((4, 2) if plan.small else (3000, 250)), half)
@@ -294,6 +299,14 @@ PARTS = ["weights", "moments", "gradients", "second gradient of the table", "wei
          "activations", "logits", "cache", "context", "all"]
 
 
+def tried(what: str, act: Callable[[], object]) -> None:
+    "An error ends one table, and the next is begun."
+    try:
+        act()
+    except Exception as error:  # whatever a card, a driver or a library has to say
+        print(f"{what}: failed: {type(error).__name__}: {error}")
+
+
 def main(plan: Plan) -> None:
     "Every table, in the time there is; the first ones are worth most."
     columns = ["run on a T4", *PARTS, "s sampling", "s learning"]
@@ -302,8 +315,9 @@ def main(plan: Plan) -> None:
     if plan.place == "cpu" and not plan.small:  # no card to limit, and the rest would take a day
         return
     keep(plan.share(0.3), f"lm_t4_{plan.place}", T4, t4_lines(plan), **VERSION)
-    keep(plan.share(0.5), f"lm_sampling_{plan.place}", SAMPLING, sampling_lines(plan), **VERSION)
-    from_scratch(plan)
+    part, name = plan.share(0.5), f"lm_sampling_{plan.place}"
+    tried("lm_sampling", lambda: keep(part, name, SAMPLING, sampling_lines(plan), **VERSION))
+    tried("lm_from_scratch", lambda: from_scratch(plan))
 
 
 if __name__ == "__main__":

@@ -83,6 +83,16 @@ def test_a_card_that_is_too_small_says_so():
     assert line("c", 3, lambda: [1 / 0]) == ["c", "failed: ZeroDivisionError: division by zero", ""]
 
 
+def test_what_has_no_time_left_or_fails_says_so_and_the_next_is_begun(tmp_path, capsys):
+    from cartpole_gpu import Plan
+    from lm_gpu import from_scratch, tried
+
+    from_scratch(Plan("cpu", True, tmp_path, deadline=0.0))
+    assert "no time was left" in capsys.readouterr().out and not [*tmp_path.iterdir()]
+    tried("some table", lambda: 1 / 0)
+    assert capsys.readouterr().out == "some table: failed: ZeroDivisionError: division by zero\n"
+
+
 def test_what_is_held_is_counted_by_hand():
     from reckoning import GIB, Job, Shape, counted, memory
 
