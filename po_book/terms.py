@@ -183,8 +183,8 @@ class Truncated(Correction):
 
     def __call__(self, tokens: Tokens) -> Float[Tensor, "N L"]:
         "Weight of every token. Raises: `ValueError` without `logp_sampler`."
-        sampler = tokens.given("logp_sampler", self)
-        return truncated_weights(tokens.logp_old, sampler, tokens.mask, self.cap, self.whole)
+        sampler, how = tokens.given("logp_sampler", self), (self.cap, self.whole)
+        return truncated_weights(tokens.logp_old, sampler, tokens.mask, *how)
 
 # %% ../nbs/47e_terms.ipynb #d555021c
 @dataclass(frozen=True)
@@ -208,8 +208,9 @@ class Banded(Correction):
 
     def __call__(self, tokens: Tokens) -> Float[Tensor, "N L"]:
         "Weight of every token. Raises: `ValueError` without `logp_sampler`."
-        sampler, band = tokens.given("logp_sampler", self), (self.floor, self.cap)
-        return band_weights(tokens.logp_old, sampler, tokens.mask, *band, self.whole)
+        sampler = tokens.given("logp_sampler", self)
+        how = self.floor, self.cap, self.whole
+        return band_weights(tokens.logp_old, sampler, tokens.mask, *how)
 
 # %% ../nbs/47e_terms.ipynb #ba6aa74d
 @dataclass(frozen=True)

@@ -2,7 +2,12 @@
 import copy
 import json
 import math
+import re
+import subprocess
+import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +18,11 @@ from tiny_server import TinyServer
 from po_book import train_lm as module
 from po_book.language_model import char_tokenizer, enumerate_completions, pack, tiny_lm, toy_lm
 from po_book.lm_learner import tiny_config
+from po_book.objective import PRESETS
 from po_book.sampling import Request, ask_sampler, join, sample
 from po_book.servers import ServerSampler
 from po_book.tasks import ChainAddition
+from po_book.terms import Banded, NoCorrection, Truncated
 from po_book.train_lm import train_lm
 
 PROMPTS = ["3+8+5=", "9=", "1+1+1+1="]
@@ -316,10 +323,10 @@ def small(seed=0):
     return tiny_lm(char_tokenizer(), width=32, layers=2, heads=2, context=32, seed=seed)
 
 
-def run(there, config=CONFIG, start=None, **settings):
-    how = {"progress": False, "device": "cpu"} | settings
+def run(there, config=CONFIG, start=None, objective="grpo", **settings):
+    how = {"progress": False, "device": "cpu", "sampler": there} | settings
     start = small() if start is None else start
-    return train_lm(start, char_tokenizer(), TASK, count_ones, "grpo", config, sampler=there, **how)
+    return train_lm(start, char_tokenizer(), TASK, count_ones, objective, config, **how)
 
 
 def weights(model):
@@ -374,6 +381,25 @@ def test_a_stale_server_shows_in_the_log(small_server):
     small_server.model = shaken(small(), scale=0.05)
     row = run(sampler(small_server)).log[0]
     assert 0.01 < row["mismatch"] < 1 and row["mismatch_kl"] > 1e-4 and row["mismatch_ratio"] > 1.05
+
+
+@pytest.mark.parametrize("correction", [Truncated(), Banded(), Truncated(whole=True)])
+def test_a_correction_is_one_where_the_server_is_the_learner(small_server, tmp_path, correction):
+    there = sampler(small_server, reload="sglang", folder=tmp_path)
+    plain, corrected = (
+        run(there, objective=replace(PRESETS["grpo"], correction=x)).model
+        for x in (NoCorrection(), correction)
+    )
+    torch.testing.assert_close(weights(plain), weights(corrected), rtol=0, atol=1e-5)
+
+
+def test_a_correction_weighs_the_samples_of_a_stale_server(small_server):
+    "A band that holds no ratio but one leaves nothing to learn from."
+    small_server.model = shaken(small(), scale=0.05)
+    there, start = sampler(small_server), small()
+    before = weights(start).clone()
+    narrow = replace(PRESETS["dr-grpo"], correction=Banded(1.0, 1.0))
+    assert torch.equal(weights(run(there, start=start, objective=narrow).model), before)
 
 
 def test_a_server_that_dies_ends_the_run_and_it_goes_on_when_it_is_back(small_server, tmp_path):
@@ -448,6 +474,36 @@ def test_where_the_learner_scores_again_the_log_says_how_far_it_is():
     assert "mismatch" not in run(None).log[0]
     rounded = run(None, tiny_config(**vars_of(CONFIG) | {"precision": "bf16"})).log[0]
     assert 0 < rounded["mismatch"] < 0.05
+
+
+SHARED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch, test_servers as t
+
+torch.set_num_threads(1)
+first = os.environ["RANK"] == "0"
+there = t.ServerSampler({url!r}, "tiny", reload="sglang" if first else None, folder={folder!r})
+done = t.run(there)
+print("largest %r\\n" % max(row["mismatch"] for row in done.log), end="", flush=True)
+"""
+
+
+def test_two_processes_share_a_server(small_server, tmp_path):
+    "One gives it weights, both wait for that, and each asks with its own seeds."
+    here = str(Path(__file__).parent)
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED.format(tests=here, url=small_server.url, folder=str(tmp_path / "w")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    mismatches = [float(x) for x in re.findall(r"largest (\S+)", done.stdout)]
+    assert len(mismatches) == 2 and max(mismatches) < 1e-5  # so the weights were the new ones
+    paths = [path for path, *_ in small_server.asked]
+    assert paths == (["/update_weights_from_disk"] + ["/v1/completions"] * 8) * 3
+    seeds = [body["seed"] for _, body, _ in small_server.asked if "seed" in body]
+    assert len(set(seeds)) == 24
 
 
 def vars_of(config):
