@@ -2,12 +2,12 @@
 
 Run: python benchmarks/gpu.py [--device cpu] [--small] [--minutes 9] [--out results]
 
-No network is needed. First every chapter with a `#| cuda` cell, with these cells, and every test that needs a
-card; then the tables of `cartpole_gpu.py` and those of `lm_gpu.py`. Each has a share of the
-time, and says where that was too little. Each line is written when it is there, so what was
-measured before an interruption is kept. `--device cpu --small` runs the same script
-where there is no card, in a minute: there, tests that need one are skipped, and the cells
-are those of a chapter without.
+No network is needed. First every chapter with a `#| cuda` cell, with these cells, and
+every test that needs a card; then the tables of `cartpole_gpu.py` and those of `lm_gpu.py`.
+Each has a share of the time, and says where that was too little. Each line is written when
+it is there, so what was measured before an interruption is kept. `--device cpu --small`
+runs the same script where there is no card, in a minute: there, tests that need one are
+skipped, and the cells are those of a chapter without.
 """
 
 import argparse
