@@ -36,6 +36,16 @@ class Plan:
     deadline: float = inf       # of `perf_counter`; no line is begun after it
 
     @property
+    def place(self) -> str:
+        "How tables call the device."
+        return "gpu" if self.device == "cuda" else self.device
+
+    def share(self, part: float) -> "Plan":
+        "The same with this share of the time that is left."
+        now = perf_counter()
+        return replace(self, deadline=now + part * (self.deadline - now))
+
+    @property
     def backends(self) -> list[str]:
         return ["eager"] if self.device == "cpu" else ["recorded", "compiled", "eager"]
 
@@ -98,15 +108,26 @@ def solutions(plan: Plan) -> Iterator[list[str]]:
                 yield [str(n), backend, str(seed), tried(solve, n, plan.device, backend, seed)]
 
 
-def keep(plan: Plan, name: str, columns: list[str], lines: Iterator[list[str]]) -> list[list[str]]:
+def put(
+    plan: Plan, name: str, columns: list[str], rows: list[list[str]], row: list[str], **more: str
+) -> None:
+    "Print a line, and record it below those before it."
+    print(*row, sep=" | ", flush=True)
+    rows.append(row)
+    if plan.folder:
+        record(name, columns, rows, plan.folder, **more)
+
+
+def keep(
+    plan: Plan, name: str, columns: list[str], lines: Iterator[list[str]], **more: str
+) -> list[list[str]]:
     "Print and record line by line, until the lines or the time are used up."
     rows = []
     while perf_counter() < plan.deadline and (row := next(lines, None)):
-        print(*row, sep=" | ", flush=True)
-        rows.append(row)
-        if plan.folder:
-            record(name, columns, rows, plan.folder)
+        put(plan, name, columns, rows, row, **more)
         torch.cuda.empty_cache()
+    if perf_counter() >= plan.deadline:
+        print(f"{name}: the time for it was up after {len(rows)} lines")
     return rows
 
 

@@ -1,12 +1,13 @@
-"""All that needs a card, in one command: cells, tests, CartPole. No network is needed.
+"""All that needs a card, in one command: cells, tests, CartPole, language models.
 
 Run: python benchmarks/gpu.py [--device cpu] [--small] [--minutes 9] [--out results]
 
-First every chapter with a `#| cuda` cell, with these cells, and every test that needs a
-card; then the tables of `cartpole_gpu.py`. Each line is written when it is there, so what
-was measured before an interruption is kept. `--device cpu --small` runs the same script
-where there is no card, in a minute: there, tests that need one are skipped, and the cells
-are those of a chapter without.
+No network is needed. First every chapter with a `#| cuda` cell, with these cells, and
+every test that needs a card; then the tables of `cartpole_gpu.py` and those of `lm_gpu.py`.
+Each has a share of the time, and says where that was too little. Each line is written when
+it is there, so what was measured before an interruption is kept. `--device cpu --small`
+runs the same script where there is no card, in a minute: there, tests that need one are
+skipped, and the cells are those of a chapter without.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from time import perf_counter
 import torch
 from cartpole_gpu import Plan, keep
 from cartpole_gpu import main as cartpole
+from lm_gpu import main as language_models
 from provenance import ROOT
 
 
@@ -59,8 +61,10 @@ def checks(plan: Plan) -> Iterator[list[str]]:
 
 def main(plan: Plan) -> bool:
     "Whether all checks passed."
-    rows = keep(plan, "gpu_checks", ["what", "seconds", "result"], checks(plan))
-    cartpole(plan)
+    part = plan.share(0.4)
+    rows = keep(part, "gpu_checks", ["what", "seconds", "result"], checks(part))
+    cartpole(plan.share(0.35))
+    language_models(plan)
     return not any(re.search("failed|error|not finished", result) for *_, result in rows)
 
 

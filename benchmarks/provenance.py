@@ -5,12 +5,15 @@ import json
 import os
 import platform
 import subprocess
+import weakref
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
 import gymnasium
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,3 +62,30 @@ def peak_mb() -> float:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
+
+
+class Tensors(TorchDispatchMode):
+    "Bytes of the tensors made since it was entered that are alive, and their peak."
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = func(*args, **(kwargs or {}))
+        for x in tree_leaves(given):
+            if isinstance(x, torch.Tensor):
+                self._watch(x.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return given
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.alive.remove(key)
+        self.now -= size

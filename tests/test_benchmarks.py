@@ -3,8 +3,11 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from time import perf_counter
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -26,6 +29,17 @@ def test_what_a_card_is_asked_runs_without_one(tmp_path):
     assert (n, backend) == ("64", "eager") and float(rate) >= 0
     (n, backend, seed, seconds), = table(tmp_path / "cartpole_gpu_solved.csv")[1:]
     assert (n, backend, seed) == ("64", "eager", "0") and float(seconds) > 0
+    ways = [what + how for what in ("all weights, ", "LoRA, ") for how in ("bf16", "bf16, recompute")]
+    steps = {name: rest for name, *rest in table(tmp_path / "lm_step_cpu.csv")[1:]}
+    assert list(steps) == ["all weights, float32", *ways]
+    assert all(float(seconds) > float(sampling) > 0 for seconds, _, _, sampling, *_ in steps.values())
+    assert [name for name, *_ in table(tmp_path / "lm_t4_cpu.csv")[1:]] == ways[1:]
+    assert len(table(tmp_path / "lm_t4_reckoned.csv")) == 8
+    samplers = [(name, float(over)) for _, name, *_, over, _ in table(tmp_path / "lm_sampling_cpu.csv")[1:]]
+    assert [name for name, _ in samplers] == ["generate", "po_book sample"] * 3
+    assert [over for name, over in samplers if name == "po_book sample"] == [1] * 3
+    curve = [(what, steps) for what, _, steps, *_ in table(tmp_path / "lm_from_scratch_cpu.csv")[1:]]
+    assert curve == [("fine-tuning", "2"), ("fine-tuning", "4"), ("GRPO", "1"), ("GRPO", "2")]
 
 
 def test_lines_are_kept_one_by_one_and_none_is_begun_too_late(tmp_path):
@@ -48,6 +62,76 @@ def test_an_error_is_a_line_and_does_not_end_the_table():
 
     assert tried(lambda x: x / 3, 1) == "0.33" and tried(lambda: None) == ""
     assert tried(lambda: 1 / 0) == "failed: ZeroDivisionError: division by zero"
+
+
+def test_a_part_has_its_share_of_the_time():
+    from cartpole_gpu import Plan
+
+    whole = Plan("cpu", deadline=perf_counter() + 100)
+    assert 29 < whole.share(0.3).deadline - perf_counter() <= 30
+    assert Plan("cpu").share(0.3).deadline == float("inf")
+
+
+def test_a_card_that_is_too_small_says_so():
+    from lm_gpu import line
+
+    def full():
+        raise torch.cuda.OutOfMemoryError("2 GiB more were asked for")
+
+    assert line("a", 4, lambda: ["1", "2", "3"]) == ["a", "1", "2", "3"]
+    assert line("b", 4, full) == ["b", "out of memory", "", ""]
+    assert line("c", 3, lambda: [1 / 0]) == ["c", "failed: ZeroDivisionError: division by zero", ""]
+
+
+def test_what_has_no_time_left_or_fails_says_so_and_the_next_is_begun(tmp_path, capsys):
+    from cartpole_gpu import Plan
+    from lm_gpu import from_scratch, tried
+
+    from_scratch(Plan("cpu", True, tmp_path, deadline=0.0))
+    assert "no time was left" in capsys.readouterr().out and not [*tmp_path.iterdir()]
+    tried("some table", lambda: 1 / 0)
+    assert capsys.readouterr().out == "some table: failed: ZeroDivisionError: division by zero\n"
+
+
+def test_what_is_held_is_counted_by_hand():
+    from reckoning import GIB, Job, Shape, counted, memory
+
+    shape = Shape(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, vocabulary=512)
+    norms, attention, mlp = 2 * 32, 32 * 32 * 2 + 2 * 32 * 16 + 32 + 2 * 16, 3 * 32 * 64
+    weights = 512 * 32 + 2 * (norms + attention + mlp) + 32
+    adapters = 2 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    assert counted(shape, lora=False) == (weights, weights)
+    assert counted(shape, lora=True) == (weights + adapters, adapters)
+    job = Job(shape, prompts=2, group=4, prompt=5, new=3, micro_tokens=32)
+    parts = {name: x * GIB for name, x in memory(job).items()}
+    assert parts["weights"] == parts["gradients"] == 4 * weights and parts["moments"] == 8 * weights
+    assert parts["second gradient of the table"] == 4 * 512 * 32
+    assert parts["cache"] == 4 * (2 * 16) * 2 * 8 * (5 + 3)
+    assert parts["logits"] == 12 * (4 * 3) * 512  # half of the batch at a time
+    always = parts["weights"] + parts["moments"] + parts["context"]
+    backward = "gradients", "second gradient of the table", "activations", "logits"
+    assert parts["all"] == pytest.approx(always + sum(parts[name] for name in backward))
+    half = {name: x * GIB for name, x in memory(replace(job, precision="fp16", lora=True)).items()}
+    assert half["weights"] == 2 * weights + 4 * adapters and half["moments"] == 8 * adapters
+    assert half["weights in two bytes"] == half["second gradient of the table"] == 0
+
+
+@pytest.mark.parametrize("how", [{}, {"recompute": True}, {"precision": "bf16", "lora": True}])
+def test_the_reckoning_is_near_what_tensors_take(how):
+    from lm_gpu import held, steps
+    from reckoning import Job, Shape, memory
+
+    shape = Shape(hidden=128, layers=3, heads=4, kv_heads=2, intermediate=512, vocabulary=4096)
+    job = Job(shape, prompts=2, group=4, prompt=24, new=12, micro_tokens=144, **how)
+    _, (measured, _) = held("cpu", lambda: steps(job, "cpu", 1))
+    assert memory(job, context=0)["all"] == pytest.approx(float(measured), rel=0.15)
+
+
+def test_the_recorded_reckoning_is_what_is_reckoned():
+    from cartpole_gpu import Plan
+    from lm_gpu import reckoned
+
+    assert table(ROOT / "results" / "lm_t4_reckoned.csv")[1:] == list(reckoned(Plan("cpu")))
 
 
 def test_gradient_steps_are_counted_as_both_libraries_take_them():

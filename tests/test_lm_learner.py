@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import MODELS, SMALL, generator, save_tiny
-from test_pretrained import adapted, dropping
+from tiny_models import MODELS, SMALL, adapted, dropping, generator, save_tiny
 
 from po_book.credit import Informative
 from po_book.data import Problems

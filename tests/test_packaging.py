@@ -79,7 +79,7 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
         for extra in extras - {"dev"}
     }
     assert packages == {
-        "video": ["pygame"], "box2d": ["gymnasium[box2d]"], "peft": ["peft"],
+        "video": ["pygame-ce"], "box2d": ["gymnasium[box2d]"], "peft": ["peft"],
         "data": ["datasets"], "math": ["math-verify"],
         "tensorboard": ["tensorboard"], "wandb": ["wandb"], "agents": ["pettingzoo", "mpe2"],
     }  # fmt: skip

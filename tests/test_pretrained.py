@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny_models import MODELS, PROMPTS, SMALL, generator, save_tiny, scored
+from peft import PromptTuningConfig, get_peft_model
+from tiny_models import MODELS, PROMPTS, SMALL, adapted, dropping, generator, save_tiny, scored
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
 from po_book.language_model import char_tokenizer, encode, pack, tiny_lm, token_logprobs, trunk
 from po_book.lm_learner import save_lm
@@ -17,19 +17,11 @@ from po_book.pretrained import (
 from po_book.sampling import sample
 
 KINDS = ["llama", *MODELS]
-LORA = dict(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 @pytest.fixture
 def tokenizer():
     return char_tokenizer()
-
-
-def adapted(seed: int = 0, zero: bool = False, base: nn.Module | None = None, **how) -> nn.Module:
-    "A tiny model with adapters, which do something unless they begin at zero."
-    torch.manual_seed(seed)
-    base = tiny_lm(char_tokenizer(), **SMALL) if base is None else base
-    return get_peft_model(base, LoraConfig(**LORA, init_lora_weights=zero), **how)
 
 
 def rows_of(tokenizer, groups: int = 1):
@@ -137,18 +129,6 @@ def test_every_module_comes_back_in_its_own_mode_also_after_an_error(tokenizer):
     assert [m.training for m in model.modules()] == before
     assert vars(model.model.layers[0]) == layer
     assert not any(x.gradient_checkpointing for x in model.model.layers)
-
-
-def dropping(kind: str):
-    "A model that drops out where it can."
-    torch.manual_seed(0)
-    if kind == "opt":  # its layers drop out by themselves, not by modules
-        sizes = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=2)
-        config = OPTConfig(vocab_size=18, word_embed_proj_dim=32, max_position_embeddings=64, **sizes,
-                           dropout=0.5, attention_dropout=0.5, layerdrop=0.5)
-        return OPTForCausalLM(config).train()
-    config = GPT2Config(vocab_size=18, n_embd=32, n_layer=3, n_head=2, n_positions=64, resid_pdrop=0.5)
-    return GPT2LMHeadModel(config).train()
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2"])
