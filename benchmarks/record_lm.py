@@ -56,7 +56,9 @@ def preset(name: str, **choices) -> Objective:
     return replace(PRESETS[name], **choices)
 
 
-METHODS = tiny_config(steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500)
+METHODS = tiny_config(
+    steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500, overlong_cache=0
+)
 HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
@@ -69,7 +71,7 @@ RECORDS = {
         "RLOO": Variant(preset("rloo", trust=Clip()), METHODS),
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
-        "DAPO": Variant(preset("dapo"), METHODS),
+        "DAPO": Variant(preset("dapo", overlong=0.0), METHODS),
     }),
     "grpo_long": LMRecord(ADDITION, 3, {
         "GRPO": Variant(

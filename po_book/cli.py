@@ -275,7 +275,8 @@ _MISTAKES = ValueError, OSError, ImportError, Diverged, NoSignal, gym.error.Erro
 def _fail(code: int, what: str, error: BaseException) -> int:
     "Say in a line what is wrong, and hand back the exit code."
     text = "; ".join([what, *getattr(error, "__notes__", [])])
-    print("po-book:", " ".join(text.split()), file=sys.stderr)
+    # In one piece, or the words of two processes are mixed.
+    sys.stderr.write(f"po-book: {' '.join(text.split())}\n")
     return code
 
 # %% ../nbs/61_command_line.ipynb #052a541b

@@ -57,9 +57,12 @@ def provenance(name: str) -> dict:
 OFF = {"normalize_rewards": False}  # a later setting whose default changes something
 LATER = {  # of the settings of a language model: as if they were not there
     "top_k": None, "top_p": None, "min_p": None, "stop": [], "vocabulary": None, "sample_batch": 0,
-    "micro_tokens": 0, "precision": None, "recompute": False, "corrected": False,
+    "micro_tokens": 0, "precision": None, "recompute": False, "corrected": False, "selection": {},
+    "correction": {}, "entropy_coef": 0, "overlong": 0, "oversample": 3, "reset_every": 0,
+    "normalize": False,
 }  # fmt: skip
-GONE = {"fast_cpu"}  # whoever had one of these says that it is stale
+# Whoever had one of these says that it is stale.
+GONE = {"fast_cpu", "informative_only", "reset_reference"}
 
 
 def within(then: dict, now: dict, name: str) -> bool:

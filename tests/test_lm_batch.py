@@ -132,15 +132,15 @@ def plain_entropies(model, rows, temperature=1.0, vocabulary=None):
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"vocabulary": 15}, {"max_logits": 50}], ids=str)
 def test_entropies_are_those_of_the_whole_distribution(how, answers):
-    model, rows = tiny_lm(char_tokenizer(), **SMALL), rows_of(answers)
+    model, rows = tiny_lm(char_tokenizer(), **SMALL).double(), rows_of(answers)
     with torch.no_grad():  # or all tokens would be nearly as likely
         model.get_output_embeddings().weight *= 20
     got = row_entropies(model, rows, row_states(model, rows, 4), **how)
     want = plain_entropies(model, rows, how.get("temperature", 1.0), how.get("vocabulary"))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     assert got[rows["mask"]].std() > 0.01
     for mine, theirs in zip(*(torch.autograd.grad(x.sum(), model.parameters()) for x in (got, want))):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_an_entropy_bonus_adds_the_gradient_of_the_entropy(answers):
