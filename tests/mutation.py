@@ -879,6 +879,11 @@ FAULTS = [
     Fault("exceeds-equal", "verify.py", "if not (a > b).all():", "if not (a >= b).all():", "test_verify.py"),
     Fault("exceeds-any", "verify.py", "if not (a > b).all():", "if not (a > b).any():", "test_verify.py"),
     Fault("exceeds-mean", "verify.py", "nearest = (a - b).argmin()", "nearest = (a - b).argmax()", "test_verify.py"),
+    Fault("at-most-equal", "verify.py", "if not (a <= b).all():", "if not (a < b).all():", "test_verify.py"),
+    Fault("at-most-any", "verify.py", "if not (a <= b).all():", "if not (a <= b).any():", "test_verify.py"),
+    Fault("at-most-nearest", "verify.py", "nearest = (b - a).argmin()", "nearest = (b - a).argmax()", "test_verify.py"),
+    Fault("holds-truth", "verify.py", "_refuse_truth(\"rhs\", rhs)", "pass", "test_verify.py"),
+    Fault("holds-mask", "verify.py", "single = np.ndim(value) == 0", "single = True", "test_verify.py"),
     # The sampler is not the learner
     Fault("mismatch-sign", "mismatch.py", "return old - sampler", "return sampler - old", "test_mismatch.py"),
     Fault("mismatch-mask", "mismatch.py", "torch.zeros_like(log_ratio)) * mask", "torch.zeros_like(log_ratio))", "test_mismatch.py"),
