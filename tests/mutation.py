@@ -43,6 +43,8 @@ FAULTS = [
     # Foundations
     Fault("refuted-equal", "verify.py", "if not error > atol:", "if not error >= atol:", "test_verify.py"),
     Fault("holds-mean", "verify.py", "error = np.abs(a - b).max()\n    if not error <= atol", "error = np.abs(a - b).mean()\n    if not error <= atol", "test_verify.py"),
+    Fault("visits-met", "mdp.py", "met = reach[p0 > 0].any(0)", "met = reach.any(0)", "test_mdp.py -k trap"),
+    Fault("visits-past-end", "mdp.py", "reach = _reaches(P * on[:, None])", "reach = _reaches(P)", "test_mdp.py -k trap"),
     Fault("draw-left", "mdp.py", "u, right=True)", "u)", "test_mdp.py"),
     Fault("variation-half", "trust_region.py", ".abs().sum(-1) / 2", ".abs().sum(-1)", "test_trust_region.py"),
     Fault("normalize-eps", "advantage.py", "(std + eps).clamp", "(std**2 + eps).sqrt().clamp", "test_advantage.py"),
