@@ -7,7 +7,7 @@ and of figures are one click away, so that nobody has to mark them by hand.
 import ast
 import re
 
-CHECKS = {"holds", "refuted", "exceeds", "beware"}
+CHECKS = {"holds", "refuted", "exceeds", "at_most", "beware"}
 CANVAS = {"plt", "ax", "axes", "fig"}
 DRAWING = {"spread_curves", "book_style"}
 
@@ -73,7 +73,7 @@ def only_set_up(tree: ast.Module) -> bool:
 
 
 def checks(tree: ast.Module) -> bool:
-    "Whether a cell calls `holds`, `refuted`, `exceeds` or `beware`."
+    "Whether a cell calls one of the checks of `verify`."
     return any(_last_name(call.func) in CHECKS for call in _calls(tree))
 
 

@@ -134,15 +134,17 @@ def chain_visits(
 ) -> Float[Tensor, "S"]:
     """Expected visits {eq}`eq-visits`, which are actions taken: an end counts zero.
 
-    Raises: `ValueError` if some state cannot reach an end, on a wrong shape, and on a
-    row that is no distribution.
+    Raises: `ValueError` if an episode can meet a state from which no end is reached,
+    on a wrong shape, and on a row that is no distribution.
     """
     p0, on = distribution("p0", p0), table("end", end, (len(p0),)) == 0
     P = distribution("P", P, (len(p0), len(p0)))
-    lost = ~_reaches(P)[:, ~on].any(-1)
+    reach = _reaches(P * on[:, None])
+    met = reach[p0 > 0].any(0)
+    lost = met & ~reach[:, ~on].any(-1)
     if lost.any():
         raise ValueError(f"end is never reached from state {lost.nonzero()[0].item()}")
-    going = P * on[:, None]
+    going = P * (met & on)[:, None]
     return on * torch.linalg.solve(torch.eye(len(P)).double() - going.T, p0)
 
 # %% ../nbs/12_mdp.ipynb #cec0c3c5

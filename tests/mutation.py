@@ -43,6 +43,8 @@ FAULTS = [
     # Foundations
     Fault("refuted-equal", "verify.py", "if not error > atol:", "if not error >= atol:", "test_verify.py"),
     Fault("holds-mean", "verify.py", "error = np.abs(a - b).max()\n    if not error <= atol", "error = np.abs(a - b).mean()\n    if not error <= atol", "test_verify.py"),
+    Fault("visits-met", "mdp.py", "met = reach[p0 > 0].any(0)", "met = reach.any(0)", "test_mdp.py -k trap"),
+    Fault("visits-past-end", "mdp.py", "reach = _reaches(P * on[:, None])", "reach = _reaches(P)", "test_mdp.py -k trap"),
     Fault("draw-left", "mdp.py", "u, right=True)", "u)", "test_mdp.py"),
     Fault("variation-half", "trust_region.py", ".abs().sum(-1) / 2", ".abs().sum(-1)", "test_trust_region.py"),
     Fault("normalize-eps", "advantage.py", "(std + eps).clamp", "(std**2 + eps).sqrt().clamp", "test_advantage.py"),
@@ -879,6 +881,11 @@ FAULTS = [
     Fault("exceeds-equal", "verify.py", "if not (a > b).all():", "if not (a >= b).all():", "test_verify.py"),
     Fault("exceeds-any", "verify.py", "if not (a > b).all():", "if not (a > b).any():", "test_verify.py"),
     Fault("exceeds-mean", "verify.py", "nearest = (a - b).argmin()", "nearest = (a - b).argmax()", "test_verify.py"),
+    Fault("at-most-equal", "verify.py", "if not (a <= b).all():", "if not (a < b).all():", "test_verify.py"),
+    Fault("at-most-any", "verify.py", "if not (a <= b).all():", "if not (a <= b).any():", "test_verify.py"),
+    Fault("at-most-nearest", "verify.py", "nearest = (b - a).argmin()", "nearest = (b - a).argmax()", "test_verify.py"),
+    Fault("holds-truth", "verify.py", "_refuse_truth(\"rhs\", rhs)", "pass", "test_verify.py"),
+    Fault("holds-mask", "verify.py", "single = np.ndim(value) == 0", "single = True", "test_verify.py"),
     # The sampler is not the learner
     Fault("mismatch-sign", "mismatch.py", "return old - sampler", "return sampler - old", "test_mismatch.py"),
     Fault("mismatch-mask", "mismatch.py", "torch.zeros_like(log_ratio)) * mask", "torch.zeros_like(log_ratio))", "test_mismatch.py"),

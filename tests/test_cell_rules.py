@@ -16,6 +16,7 @@ PLOT = "fig, axes = plt.subplots(1, 2)\naxes[0].plot(x)"
         ('holds("one", 1, 1)', "the check"),
         ('for n in 1, 2:\n    refuted("one", n, 0)', "the check"),
         ("from po_book import verify\nverify.exceeds('more', 2, 1)", "the check"),
+        ("at_most('less', x, 2)", "the check"),
         ("x = sample()\nbeware('x', x, 0)\nx", "the check"),
         (PLOT, "the code of the figure"),
         ("import matplotlib.pyplot as plt\nplt.plot([1, 2])", "the code of the figure"),

@@ -238,6 +238,33 @@ def test_gradients_are_finite_differences():
         )
 
 
+def test_a_trap_that_no_episode_meets_leaves_the_visits():
+    "State 2 keeps for ever; it is met from nowhere, or only after the end."
+    P = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    start, end = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([False, True, False])
+    P[1] = torch.tensor([0.0, 0.0, 1.0])  # rows of ends are not used
+    assert chain_visits(P, start, end).tolist() == [2.0, 0.0, 0.0]
+    P[0] = torch.tensor([0.5, 0.4, 0.1])
+    with pytest.raises(ValueError, match="end is never reached from state 2"):
+        chain_visits(P, start, end)
+
+
+def test_the_chain_that_restarts_has_the_visits_as_its_stationary_distribution():
+    inner = random_mdp(3, 2, 0.9, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    stop = 0.1 + 0.3 * torch.rand(3, 2, 1, generator=generator, dtype=torch.float64)
+    theta = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    P = torch.einsum("sa,sax->sx", theta.softmax(-1), (1 - stop) * inner.P)
+    leave = 1 - P.sum(-1, keepdim=True)
+    whole = torch.cat([torch.cat([P, leave], 1), torch.eye(4).double()[3:]])
+    eta = chain_visits(whole, torch.cat([inner.p0, inner.p0.new_zeros(1)]), torch.arange(4) == 3)
+    share = eta[:3] / eta.sum()
+    again = chain_stationary(P + leave * inner.p0)
+    torch.testing.assert_close(share, again, atol=1e-12, rtol=0)
+    expected = torch.tensor([0.4906, 0.1100, 0.3994]).double()
+    torch.testing.assert_close(share, expected, atol=5e-5, rtol=0)
+
+
 def test_gradient_survives_probabilities_of_zero():
     pi = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     mdp = corridor(1)

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
+from cell_rules import CHECKS
 from conftest import ROOT, toc_pages
 
 # The last two are made by sphinx-notfound-page and by Sphinx.
@@ -115,7 +116,7 @@ def test_every_check_has_left_its_badge(site, name):
         if cell["cell_type"] == "code" and "%pip" not in source:
             calls = [n.value for n in ast.parse(source).body if isinstance(n, ast.Expr)]
             names = [getattr(getattr(c, "func", None), "id", None) for c in calls]
-            checks += sum(map(names.count, ("holds", "refuted", "exceeds")))
+            checks += sum(map(names.count, CHECKS))
     html = (site / f"{name}.html").read_text(encoding="utf-8")
     assert html.count('class="po-verdict') >= checks
 

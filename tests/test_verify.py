@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from po_book.verify import exceeds, holds, refuted
+from po_book.verify import at_most, beware, exceeds, holds, refuted
 
 
-@pytest.mark.parametrize("check", [holds, refuted, exceeds])
+@pytest.mark.parametrize("check", [holds, refuted, beware, exceeds, at_most])
 @pytest.mark.parametrize(
     "a, b",
     [
@@ -113,3 +113,40 @@ def test_what_exceeds_is_shown_where_it_is_closest(capsys):
 def test_what_is_equal_or_below_does_not_exceed(value):
     with pytest.raises(AssertionError, match="does not exceed: larger · `.*` is not above `2`"):
         exceeds("larger", value, [1.0, 2.0])
+
+
+def test_what_keeps_to_a_bound_is_shown_where_it_is_closest(capsys):
+    at_most("smaller", [1.0, 2.0, 3.0], [5.0, 2.5, 9.0], source="S1.1")
+    assert capsys.readouterr().out == "holds: smaller · `2` is at most `2.5` · S1.1\n"
+    at_most("reached", [1.0, 2.0], [5.0, 2.0])
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.1], [3.0, 3.0]])
+def test_what_is_above_is_not_at_most_its_bound(value):
+    with pytest.raises(AssertionError, match="not at most the bound: small · `.*` is above `2`"):
+        at_most("small", value, [5.0, 2.0])
+
+
+def test_a_mistake_is_shown_and_nobody_is_blamed(capsys, displayed):
+    beware("sum", 1.0, 2.0)
+    (data, how), = displayed
+    assert data["text/plain"] == "beware: sum · gives `1.`, right is `2.`"
+    assert 'class="po-verdict po-beware"' in data["text/markdown"]
+    assert how["metadata"]["po_book"]["source"] is None
+    with pytest.raises(AssertionError, match="agree"):
+        beware("sum", 1.0, 1.0)
+    with pytest.raises(TypeError):
+        beware("sum", 1.0, 2.0, source="S1.1")
+
+
+@pytest.mark.parametrize("truth", [True, np.bool_(True), np.array(True), torch.tensor(True)])
+def test_a_single_truth_value_is_refused(truth):
+    for sides in (truth, 1), (1, truth):
+        with pytest.raises(ValueError, match=r"[lr]hs is the truth value True.*exceeds or at_most"):
+            holds("claim", *sides)
+
+
+def test_masks_are_compared():
+    holds("claim", torch.tensor([True, False]), [1, 0])
+    with pytest.raises(AssertionError):
+        holds("claim", np.array([True, False]), [True, True])
