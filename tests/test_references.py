@@ -90,8 +90,8 @@ def test_no_two_entries_are_one_work():
 
 
 def test_a_reader_sees_where_a_work_is_found():
-    "In the style in which the page sets its bibliography, which is alpha unless told otherwise."
-    style = find_plugin("pybtex.style.formatting", "alpha")()
+    "In the style in which nbs/bibliography.md asks for it."
+    style = find_plugin("pybtex.style.formatting", "plain")()
     for formatted in style.format_entries(ENTRIES.values()):
         text = formatted.text.render(find_plugin("pybtex.backends", "plaintext")())
         for value in where(ENTRIES[formatted.key].fields).values():
