@@ -163,3 +163,41 @@ def test_one_variant_is_recorded_again_and_the_others_stay(tmp_path, monkeypatch
         monkeypatch.setattr(sys, "argv", ["record.py", *words])
         with pytest.raises(SystemExit, match="NAME is one of: some"):
             asked("", {"some": whole}, most=3)
+
+
+NAMED = {  # what a detail's name says, as settings
+    "as it is": {},
+    "rate and clip range constant": {"anneal": False},
+    "advantages not normalised": {"normalize_advantages": False},
+    "gradient not bounded": {"max_grad_norm": 1e9},
+    "ratio not clipped": {"clip": None},
+    "one epoch": {"epochs": 1},
+    "lambda 0": {"lam": 0.0},
+    "lambda 1": {"lam": 1.0},
+    "observations normalised": {"normalize_obs": True},
+    "entropy bonus 0.01": {"entropy_coef": 0.01},
+    "one environment": {"n_envs": 1, "n_steps": 1024},
+}
+
+
+def test_a_detail_of_ppo_changes_what_its_name_says_and_nothing_else():
+    from record import RECORDS
+
+    variants = RECORDS["ppo_details"].variants
+    assert variants == {name: replace(variants["as it is"], **more) for name, more in NAMED.items()}
+    base = variants["as it is"]
+    for name, more in NAMED.items():
+        assert all(getattr(base, key) != value for key, value in more.items()), name
+
+
+def test_a_run_without_the_clip_clips_nothing():
+    from po_book.train import train
+    from record import RECORDS
+
+    def fractions(name):
+        config = replace(RECORDS["ppo_details"].variants[name], total_steps=4096, eval_every=0)
+        log = train("ppo", "CartPole-v1", config=config, progress=False).log
+        return [row["clip_fraction"] for row in log]
+
+    assert set(fractions("ratio not clipped")) == {0.0}
+    assert max(fractions("as it is")) > 0.05
