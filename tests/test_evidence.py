@@ -164,7 +164,6 @@ BLAME_TO_BE_MENDED = {
     "47_dapo": "refuted S1.104, holds S3.31g, holds S1.112, refuted S1.116, refuted S1.110",
     "47e_terms": "holds S2.37, refuted S0.69, refuted S3.31e",
     "48_objective": "holds S3.31g, refuted S2.1",
-    "49_small_lm": "holds S3.31c",
 }
 EMPTY_TO_BE_MENDED = {
     "40a_pretrained": ["in training mode again", "what learns is float32"],

@@ -14,7 +14,7 @@ ROLE = re.compile(r"\{cite(?::\w+)?\}`([^`]+)`")
 ONLY_AN_ADDRESS = {
     "blelloch1990", "greensmith2004", "huang2022", "kakade2001", "kakade2002", "kool2019",
     "liu2025collapse", "miles2026", "ng1999", "owen2013", "precup2000", "rummery1994",
-    "schulman2020kl", "silver2014", "sutton2000", "watkins1989", "yao2025offpolicy",
+    "schulman2020kl", "silver2014", "sutton2000", "vanhasselt2010", "watkins1989", "yao2025offpolicy",
 }
 ONLY_AN_ISBN = {"howard1960", "sutton2018"}
 
