@@ -162,14 +162,11 @@ BLAME_TO_BE_MENDED = {
     "45_rlhf": "refuted S0.69, refuted S2.34",
     "46_grpo": "holds S1.112, holds S1.98, holds S1.94, refuted S2.38",
     "47_dapo": "refuted S1.104, holds S3.31g, holds S1.112, refuted S1.116, refuted S1.110",
-    "47e_terms": "holds S2.37, refuted S0.69, refuted S3.31e",
-    "48_objective": "holds S3.31g, refuted S2.1",
 }
 EMPTY_TO_BE_MENDED = {
     "40a_pretrained": ["in training mode again", "what learns is float32"],
     "46_grpo": ["moves a weight by more", "no drift beyond", "ends above the single one"],
     "47_dapo": ["moves a weight by more", "with no sum before it"],
-    "48_objective": ["the last stage is GRPO"],
     "49_small_lm": [
         "GRPO has a critic",
         "one and a half times",
