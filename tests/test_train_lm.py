@@ -692,7 +692,9 @@ def reward(prompts, completions, **columns):
 try:
     t.run("grpo", reward=reward)
 except Exception as error:
-    print(os.environ["RANK"], type(error).__name__, error, flush=True)
+    # In one call, or the two would mix.
+    words = os.environ["RANK"], type(error).__name__, error
+    sys.stdout.write("{{}} {{}} {{}}\\n".format(*words))
 """
 
 
