@@ -31,9 +31,9 @@ from po_book.data import (
 from .language_model import ALPHABET, Prompt, char_tokenizer, encode, tiny_lm
 from .learner import find_device
 from .lm_batch import for_all, grade
-from .lm_learner import LMConfig, fit_objective, make_accelerator, save_lm
+from .lm_learner import LMConfig, fit_objective, make_accelerator
 from .objective import PRESETS, Objective
-from .pretrained import is_peft, load_lm
+from .pretrained import is_peft, load_lm, save_lm
 from .rewards import Reward, verifier, weighted_sum
 from .rollout import spawn_seed
 from .runs import read_asked, read_log

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['Precision', 'LMConfig', 'tiny_config', 'default_lm_config', 'find_objective', 'fit_objective', 'fit_config',
-           'make_accelerator', 'LMLearner', 'new_lm_learner', 'save_learner', 'restore_learner', 'save_lm']
+           'make_accelerator', 'LMLearner', 'new_lm_learner', 'save_learner', 'restore_learner']
 
 # %% ../nbs/48c_lm_learner.ipynb #90efd581
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,7 +21,7 @@ from accelerate.utils import patch_environment
 from torch import nn
 
 from po_book.checkpoint import (
-    explain_disk, load_checkpoint, replace_file, save_checkpoint
+    explain_disk, load_checkpoint, save_checkpoint
 )
 from po_book.checks import (
     check_at_least, check_in, check_known, check_positive, check_whole, require
@@ -356,41 +354,3 @@ def restore_learner(
     if "reference" in own:
         learner.reference.load_state_dict(own["reference"])
     return own["log"]
-
-# %% ../nbs/48c_lm_learner.ipynb #7b1188d5
-def save_lm(
-    folder: Path,              # its parent must be there
-    model: "PreTrainedModel",  # or one with adapters: then these are saved
-    tokenizer: "PreTrainedTokenizerBase",
-) -> None:
-    """Replace a folder by one that `load_lm` reads.
-
-    Raises: `OSError` as `replace_file` does.
-    """
-
-    def write(part: Path) -> None:
-        with _writable(model):
-            model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-
-    replace_file(folder, write)
-
-# %% ../nbs/48c_lm_learner.ipynb #546073f0
-_SAMPLED = "temperature", "top_k", "top_p", "min_p", "typical_p"  # of generate
-
-
-@contextmanager
-def _writable(model: "PreTrainedModel") -> Iterator[None]:
-    "Settings of generate without those that it would ignore; undone afterwards."
-    settings = getattr(model, "generation_config", None)
-    if settings is None or settings.do_sample:
-        yield
-        return
-    before = {name: getattr(settings, name, None) for name in _SAMPLED}
-    try:
-        for name in before:
-            setattr(settings, name, None)
-        yield
-    finally:
-        for name, x in before.items():
-            setattr(settings, name, x)

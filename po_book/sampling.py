@@ -182,6 +182,7 @@ def _is_llama(model: "PreTrainedModel") -> bool:
     return _READS_ALIKE[body][1]
 
 
+# %% ../nbs/41_sampling.ipynb #5917912c
 def _is_heard(part: nn.Module) -> bool:
     "Whether more happens at a call than what the part computes."
     hooks = part._forward_hooks or part._forward_pre_hooks
@@ -196,6 +197,7 @@ def _is_built_alike(body: nn.Module) -> bool:
     return bool(every) and all(x == _PARTS for x in leaves) and all(linear)
 
 
+# %% ../nbs/41_sampling.ipynb #613c41d3
 def _reads_alike(model: "PreTrainedModel") -> bool:
     "Whether one token more of two short texts, one of them padded, is read alike."
     from transformers.cache_utils import DynamicLayer
@@ -263,11 +265,19 @@ def _grow(
             firsts = tokens[branch.argsort()]
         else:
             kept = running, tails, ended, branch, tokens
-            running, tails, ended, branch, tokens = (x[going] for x in kept)
-            parents, firsts, branch = branch_out(branch, tokens, logp.shape[-1])
-            if not torch.equal(parents, places(len(texts))):
-                texts.choose(parents, len(branch))
+            running, tails, ended, *drawn = (x[going] for x in kept)
+            firsts, branch = _grown(texts, *drawn, logp.shape[-1])
         hidden = texts.read(firsts)
+
+# %% ../nbs/41_sampling.ipynb #9a54fc4e
+def _grown(
+    texts: _Texts, branch: Tensor, tokens: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    "The token of each new branch, in whose row its text stands now; and the branches."
+    parents, firsts, branch = branch_out(branch, tokens, vocabulary)
+    if not torch.equal(parents, torch.arange(len(texts), device=parents.device)):
+        texts.choose(parents, len(branch))
+    return firsts, branch
 
 # %% ../nbs/41_sampling.ipynb #7387bffc
 def _longer(tails: Tensor, tokens: Tensor, stop: Sequence[str]) -> Tensor:
@@ -290,7 +300,6 @@ def _ended(
     texts = tokenizer.batch_decode(tails.tolist())
     found = [any(x in text for x in stop) for text in texts]
     return ended | torch.tensor(found, device=ended.device)
-
 
 # %% ../nbs/41_sampling.ipynb #5e3e38d4
 def stop_ids(

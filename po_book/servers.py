@@ -19,7 +19,7 @@ from .checkpoint import replace_file
 from po_book.checks import (
     check_at_least, check_known, check_positive, check_whole, require
 )
-from .pretrained import is_peft
+from .pretrained import is_peft, write_model
 from .samplers import Completion, Request
 
 if TYPE_CHECKING:
@@ -82,17 +82,6 @@ _RELOADS = {  # what is posted, where
     ],
 }
 
-# %% ../nbs/41b_servers.ipynb #50de9619
-def _save_weights(model: "PreTrainedModel", folder: Path) -> None:
-    "Write a model for a server, without settings of generate, which may be refused."
-    from transformers import GenerationConfig
-
-    settings, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.generation_config = settings
-
 # %% ../nbs/41b_servers.ipynb #5ef5ee15
 class ServerSampler:
     "Samples from a server with the completions form of OpenAI's interface."
@@ -147,7 +136,7 @@ class ServerSampler:
         require(not is_peft(model), "model", "without adapters, or merged", "adapters")
         self.folder.mkdir(parents=True, exist_ok=True)
         before, self.loads = self._weights(), self.loads + 1
-        replace_file(self._weights(), partial(_save_weights, model))
+        replace_file(self._weights(), partial(write_model, model))
         if callable(self.reload):
             self.reload(self._weights())
         else:

@@ -28,12 +28,12 @@ from .language_model import Prompt, encode
 from .lm_batch import Answers, all_or_none, collect, for_all, grade
 from po_book.lm_learner import (
     LMConfig, LMLearner, default_lm_config, find_objective, fit_config, fit_objective,
-    new_lm_learner, restore_learner, save_learner, save_lm,
+    new_lm_learner, restore_learner, save_learner,
 )
 from .lm_step import gradient_step, learnable
 from .mismatch import check_mismatch, mismatch_metrics
 from .objective import Objective
-from .pretrained import check_fit, learning, pad_token_id
+from .pretrained import check_fit, learning, pad_token_id, save_lm
 from .rewards import Reward
 from .rollout import spawn_seed
 from .runner import Diverged
@@ -118,9 +118,13 @@ def _mismatch(
     if not _scores_again(run, learner):
         return {}
     both = batch["logp_old"], answers.samples.logps, answers.samples.mask
-    if run.sampler is not None:
-        all_or_none(learner.accelerator, lambda: check_mismatch(*both))
-    return {name: x.item() for name, x in mismatch_metrics(*both).items()}
+
+    def measured() -> dict[str, float]:
+        if run.sampler is not None:
+            check_mismatch(*both)
+        return {name: x.item() for name, x in mismatch_metrics(*both).items()}
+
+    return all_or_none(learner.accelerator, measured)
 
 # %% ../nbs/49_small_lm.ipynb #5846e7e2
 def _improve(
@@ -224,7 +228,8 @@ def _evaluate(run: LMRun, learner: LMLearner, step: int) -> dict[str, float]:
 
 # %% ../nbs/49_small_lm.ipynb #34e4575b
 def _check_task(run: LMRun, tokenizer: "PreTrainedTokenizerBase", task: Task) -> None:
-    "Refuse a task that could not be asked, or scored later on."
+    "Refuse a sampler that is none, a task that could not be asked, or scored later."
+    _check_sampler(run.sampler)
     pad_token_id(tokenizer)
     first = encode(tokenizer, task.take(1, 0, run.seed))
     check_fit(run.model, first, run.config.max_new_tokens)
@@ -345,7 +350,6 @@ def train_lm(
     config = replace(config, vocabulary=config.vocabulary or len(tokenizer))
     config = fit_config(objective, config)
     run = LMRun(fit_objective(objective, config), config, seed, model, sampler=sampler)
-    _check_sampler(sampler)
     out, facts = out and Path(out), _asked(run, task, asked or {})
     if resume:
         check_asked(out, facts, _FREE)

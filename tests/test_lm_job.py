@@ -25,9 +25,9 @@ from po_book.lm_job import (
     outline,
     read_language,
 )
-from po_book.lm_learner import default_lm_config, save_lm, tiny_config
+from po_book.lm_learner import default_lm_config, tiny_config
 from po_book.objective import PRESETS
-from po_book.pretrained import is_peft, load_lm
+from po_book.pretrained import is_peft, load_lm, save_lm
 from po_book.sampling import sample
 from po_book.tasks import ChainAddition, pass_at_k
 

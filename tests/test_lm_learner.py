@@ -13,11 +13,11 @@ from po_book.credit import Informative
 from po_book.data import Problems
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import (
-    LMConfig, default_lm_config, fit_objective, make_accelerator, new_lm_learner, restore_learner, save_learner, save_lm,
+    LMConfig, default_lm_config, fit_objective, make_accelerator, new_lm_learner, restore_learner, save_learner,
     tiny_config,
 )
 from po_book.objective import PRESETS
-from po_book.pretrained import is_peft, load_lm
+from po_book.pretrained import is_peft, load_lm, save_lm
 from po_book.rollout import spawn_seed
 from po_book.sampling import sample
 from po_book.tasks import ChainAddition, is_held_out, sft

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from po_book.language_model import char_tokenizer, encode, pack, tiny_lm, token_logprobs, trunk
-from po_book.lm_learner import save_lm
 from po_book.pretrained import (
     as_reference, check_adapters, float32_masters, is_peft, learning, load_lm, reference_of,
+    save_lm,
 )
 from po_book.sampling import sample
 

@@ -24,11 +24,11 @@ from po_book.dapo import NoSignal
 from po_book.data import Problems
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import (
-    LMConfig, default_lm_config, fit_objective, new_lm_learner, save_lm, tiny_config,
+    LMConfig, default_lm_config, fit_objective, new_lm_learner, tiny_config,
 )
 from po_book.lm_step import gradient_step
 from po_book.objective import PRESETS
-from po_book.pretrained import load_lm
+from po_book.pretrained import load_lm, save_lm
 from po_book.runner import Diverged
 from po_book.tasks import ChainAddition, Countdown, is_held_out
 from po_book.terms import InLoss
