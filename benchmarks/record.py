@@ -18,15 +18,16 @@ from po_book.train import (
     ALGORITHMS,
     DDPGConfig,
     DQNConfig,
+    PPOConfig,
     default_config,
     train,
 )
 
 
 def preset(algorithm: str, env: str, **more) -> Record:
-    "The default settings of `env`, five seeds."
+    "The default settings of `env`, ten seeds."
     config = replace(default_config(algorithm, env), **more)
-    return Record(env, 5, {algorithm.upper(): config})
+    return Record(env, 10, {algorithm.upper(): config})
 
 
 def cartpole(algorithm: str, **more) -> Config:
@@ -58,6 +59,9 @@ RECORDS = {
         "observations normalised": cartpole("ppo", normalize_obs=True, **DETAILS),
         "entropy bonus 0.01": cartpole("ppo", entropy_coef=0.01, **DETAILS),
         "one environment": cartpole("ppo", n_envs=1, n_steps=1024, **DETAILS),
+        "epochs end at 0.01 nats": cartpole("ppo", target_kl=0.01, **DETAILS),
+        "rewards normalised": cartpole("ppo", normalize_rewards=True, **DETAILS),
+        "general defaults": PPOConfig(**DETAILS),
     }),
     "ppo_acrobot": preset("ppo", "Acrobot-v1", eval_every=5_000),
     "ppo_pendulum": preset("ppo", "Pendulum-v1", eval_every=10_000),
@@ -68,11 +72,11 @@ RECORDS = {
         "without replay": DQNConfig(memory=256, learning_starts=256, **DQN),
         "with neither": DQNConfig(tau=1.0, memory=256, learning_starts=256, **DQN),
     }),
-    "ddpg_pendulum": Record("Pendulum-v1", 5, {
+    "ddpg_pendulum": Record("Pendulum-v1", 10, {
         "noise 0.2": DDPGConfig(**DDPG),
         "noise 0.01": DDPGConfig(sigma=0.01, **DDPG),
     }),
-    "trpo_pendulum": Record("Pendulum-v1", 5, {
+    "trpo_pendulum": Record("Pendulum-v1", 10, {
         f"rollouts of {n} steps": replace(
             default_config("trpo", "Pendulum-v1"), n_steps=n, eval_every=1
         )
