@@ -61,8 +61,8 @@ def preset(name: str, **choices) -> Objective:
     return replace(PRESETS[name], **choices)
 
 
-METHODS = tiny_config(steps=100, max_new_tokens=24, eval_every=10, eval_prompts=500)
-HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
+METHODS = tiny_config(steps=80, max_new_tokens=24, eval_every=10, eval_prompts=500)
+HARD = replace(METHODS, steps=50, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
 SOFT = replace(FILTER, overlong_cache=4)
@@ -76,7 +76,7 @@ RECORDS = {
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
         # Fewer steps, for as many samples: it draws groups again.
-        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=70)),
+        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=56)),
     }),
     "grpo_long": LMRecord(ADDITION, 3, {
         "GRPO": Variant(
