@@ -3,12 +3,15 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter
 
+import po_book.learner
+import po_book.train
 import pytest
 import torch
 from conftest import ROOT
+from po_book.train import PPOConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -177,27 +180,68 @@ NAMED = {  # what a detail's name says, as settings
     "observations normalised": {"normalize_obs": True},
     "entropy bonus 0.01": {"entropy_coef": 0.01},
     "one environment": {"n_envs": 1, "n_steps": 1024},
+    "epochs end at 0.01 nats": {"target_kl": 0.01},
+    "rewards normalised": {"normalize_rewards": True},
 }
 
 
 def test_a_detail_of_ppo_changes_what_its_name_says_and_nothing_else():
     from record import RECORDS
 
-    variants = RECORDS["ppo_details"].variants
-    assert variants == {name: replace(variants["as it is"], **more) for name, more in NAMED.items()}
-    base = variants["as it is"]
+    variants = dict(RECORDS["ppo_details"].variants)
+    base, general = variants["as it is"], variants.pop("general defaults")
+    assert variants == {name: replace(base, **more) for name, more in NAMED.items()}
     for name, more in NAMED.items():
         assert all(getattr(base, key) != value for key, value in more.items()), name
+    assert general == PPOConfig(total_steps=base.total_steps, eval_every=base.eval_every)
+    pairs = zip(asdict(base).values(), asdict(general).values())
+    assert sum(one != other for one, other in pairs) == 7  # as the page says
+
+
+def test_the_details_of_the_record_are_those_of_the_code():
+    from record import RECORDS
+
+    note = json.loads((ROOT / "results" / "ppo_details.json").read_text(encoding="utf-8"))
+    settings = json.loads(json.dumps(RECORDS["ppo_details"].settings()))
+    assert note["settings"] == settings
+    assert {row[0] for row in table(ROOT / "results" / "ppo_details.csv")[1:]} == settings.keys()
+
+
+def detail(name):
+    "The log of a short run of a detail, four rollouts."
+    from record import RECORDS
+
+    config = replace(RECORDS["ppo_details"].variants[name], total_steps=4096, eval_every=0)
+    return po_book.train.train("ppo", "CartPole-v1", config=config, progress=False).log
 
 
 def test_a_run_without_the_clip_clips_nothing():
-    from po_book.train import train
-    from record import RECORDS
-
     def fractions(name):
-        config = replace(RECORDS["ppo_details"].variants[name], total_steps=4096, eval_every=0)
-        log = train("ppo", "CartPole-v1", config=config, progress=False).log
-        return [row["clip_fraction"] for row in log]
+        return [row["clip_fraction"] for row in detail(name)]
 
     assert set(fractions("ratio not clipped")) == {0.0}
     assert max(fractions("as it is")) > 0.05
+
+
+def test_a_run_whose_epochs_end_early_takes_fewer(monkeypatch):
+    made, epochs = po_book.learner.minibatches, []
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *x: epochs.append(1) or made(*x))
+    taken = {}
+    for name in "as it is", "epochs end at 0.01 nats":
+        epochs.clear()
+        rollouts = len(detail(name))
+        taken[name] = len(epochs) / rollouts
+    assert taken["as it is"] == 6 > taken["epochs end at 0.01 nats"] >= 1
+
+
+@pytest.mark.parametrize("name", ["as it is", "rewards normalised", "general defaults"])
+def test_a_run_with_normalised_rewards_learns_from_other_numbers(name, monkeypatch):
+    made, seen = po_book.train.critic_batch, []
+    monkeypatch.setattr(
+        po_book.train, "critic_batch", lambda *x: seen.append(x[1].rewards[x[1].valid]) or made(*x)
+    )
+    detail(name)
+    ones = [bool((rewards == 1).all()) for rewards in seen]
+    assert len(seen) >= 4 and all(ones) == (name == "as it is")
+    if name != "as it is":
+        assert max(rewards.max() for rewards in seen[1:]) < 0.5  # returns deviate by more than 2
