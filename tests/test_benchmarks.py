@@ -223,16 +223,15 @@ def test_a_run_without_the_clip_clips_nothing():
     assert max(fractions("as it is")) > 0.05
 
 
-def test_a_run_whose_epochs_end_early_takes_fewer_and_moves_less(monkeypatch):
+def test_a_run_whose_epochs_end_early_takes_fewer(monkeypatch):
     made, epochs = po_book.learner.minibatches, []
     monkeypatch.setattr(po_book.learner, "minibatches", lambda *x: epochs.append(1) or made(*x))
-    taken, moved = {}, {}
+    taken = {}
     for name in "as it is", "epochs end at 0.01 nats":
         epochs.clear()
-        moved[name] = [row["approx_kl"] for row in detail(name)]
-        taken[name] = len(epochs) / len(moved[name])
-    assert taken["as it is"] == 6 and 1 <= taken["epochs end at 0.01 nats"] < 6
-    assert max(moved["epochs end at 0.01 nats"]) < max(moved["as it is"])
+        rollouts = len(detail(name))
+        taken[name] = len(epochs) / rollouts
+    assert taken["as it is"] == 6 > taken["epochs end at 0.01 nats"] >= 1
 
 
 @pytest.mark.parametrize("name", ["as it is", "rewards normalised", "general defaults"])
