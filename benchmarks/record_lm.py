@@ -1,12 +1,13 @@
 """Training runs of the small language model, recorded for the chapters.
 
-Run: python benchmarks/record_lm.py NAME [processes]
+Run: python benchmarks/record_lm.py NAME [processes [VARIANT]]
 
 Writes results/NAME.csv, a row for every look at the held-out problems, and
 results/NAME.json, which says where, when and with what it was made. Every run starts
 from the same fine-tuned model, whose success is the row of step 0, and is what
 `po_book.train_lm.train_lm` logs; between two looks the other columns are means.
-`peak_mb` is the most memory that the process held beyond its start.
+`peak_mb` is the most memory that the process held beyond its start. With a variant, only
+that one is run, and the rows of the others stay.
 """
 
 from dataclasses import dataclass, replace
@@ -176,13 +177,14 @@ def looks(name: str, folder: Path, variant: str, seed: int) -> list[dict]:
     return rows
 
 
-def main(name: str, processes: int) -> None:
+def main(name: str, processes: int, variant: str | None = None) -> None:
     torch.set_num_threads(1)
-    wanted = RECORDS[name]
+    wanted = RECORDS[name].only(variant) if variant else RECORDS[name]
     with TemporaryDirectory() as folder:
         start = teach(wanted, Path(folder))
         runs = wanted.runs(partial(looks, name, Path(folder)), processes)
-        wanted.write(name, [row for run in runs for row in run], start=start)
+        write = wanted.add if variant else wanted.write
+        write(name, [row for run in runs for row in run], start=start)
 
 
 if __name__ == "__main__":
