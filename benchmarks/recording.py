@@ -56,7 +56,9 @@ class Record(Generic[Settings]):
     def add(
         self, name: str, rows: list[dict], folder: Path = ROOT / "results", **more: object
     ) -> None:
-        "Write `rows` too, and what was recorded of other variants."
+        "Write `rows` too, and what was recorded of other variants if there is a record."
+        if not (folder / f"{name}.csv").exists():
+            return self.write(name, rows, folder, **more)
         with open(folder / f"{name}.csv", newline="", encoding="utf-8") as file:
             others = [x for x in csv.DictReader(file) if x["variant"] not in self.variants]
         note = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))

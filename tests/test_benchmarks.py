@@ -152,20 +152,24 @@ def test_one_variant_is_recorded_again_and_the_others_stay(tmp_path, monkeypatch
     whole = Record("some", 1, {"a": PPOConfig(), "b": PPOConfig(clip=0.1)})
     rows = [{"variant": name, "seed": 0, "mean_return": 1.5} for name in "ab"]
     whole.write("some", rows, tmp_path, device="another")
-    Record("some", 1, {"b": PPOConfig(clip=0.3)}).add("some", [rows[1] | {"mean_return": 2.5}], tmp_path)
+    again = Record("some", 1, {"b": PPOConfig(clip=0.3)})
+    again.add("some", [rows[1] | {"mean_return": 2.5}], tmp_path, start="b")
+    again.add("new", [rows[1]], tmp_path, start="first")
+    assert table(tmp_path / "new.csv")[1:] == [["b", "0", "1.5"]]
+    assert json.loads((tmp_path / "new.json").read_text(encoding="utf-8"))["start"] == "first"
     assert table(tmp_path / "some.csv")[1:] == [["a", "0", "1.5"], ["b", "0", "2.5"]]
     note = json.loads((tmp_path / "some.json").read_text(encoding="utf-8"))
     assert {name: x["clip"] for name, x in note["settings"].items()} == {"a": 0.2, "b": 0.3}
     assert note["device"].startswith("another (b: ") and note["seeds"] == "seeds 0 to 0"
-    assert "(b: " not in note["python"]
+    assert "(b: " not in note["python"] and note["start"] == "b"
     assert whole.only("b").variants == {"b": PPOConfig(clip=0.1)}
     for words, found in (["some"], ("some", 1)), (["some", "2", "b"], ("some", 2, "b")):
         monkeypatch.setattr(sys, "argv", ["record.py", *words])
-        assert asked("", {"some": whole}, most=3) == found
+        assert asked("", {"some": whole}) == found
     for words in [], ["other"], ["some", "1", "c"], ["some", "1", "b", "b"]:
         monkeypatch.setattr(sys, "argv", ["record.py", *words])
         with pytest.raises(SystemExit, match="NAME is one of: some"):
-            asked("", {"some": whole}, most=3)
+            asked("", {"some": whole})
 
 
 NAMED = {  # what a detail's name says, as settings
