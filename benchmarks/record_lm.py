@@ -1,16 +1,18 @@
 """Training runs of the small language model, recorded for the chapters.
 
-Run: python benchmarks/record_lm.py NAME [processes]
+Run: python benchmarks/record_lm.py NAME [processes [VARIANT]]
 
 Writes results/NAME.csv, a row for every look at the held-out problems, and
 results/NAME.json, which says where, when and with what it was made. Every run starts
-from the same fine-tuned model and is what `po_book.train_lm.train_lm` logs; between two
-looks the other columns are means. `peak_mb` is the most memory that the process held
-beyond its start.
+from the same fine-tuned model, whose success is the row of step 0, and is what
+`po_book.train_lm.train_lm` logs; between two looks the other columns are means.
+`peak_mb` is the most memory that the process held beyond its start. With a variant, only
+that one is run, and the rows of the others stay.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -21,8 +23,11 @@ from po_book.credit import Group, Informative
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import LMConfig, tiny_config
 from po_book.objective import PRESETS, Objective
-from po_book.pretrained import load_lm
-from po_book.tasks import ChainAddition, sft, success_rate
+from po_book.pretrained import load_lm, save_lm
+from po_book.reward_models import RewardModel, fit_reward_model, pair_accuracy
+from po_book.rollout import spawn_seed
+from po_book.sampling import sample
+from po_book.tasks import ChainAddition, pass_at_k, sft, verdicts
 from po_book.terms import Aggregation, InReward, NoReference
 from po_book.tokens import Clip
 from po_book.train_lm import train_lm
@@ -44,8 +49,9 @@ class LMRecord(Record[Variant]):
 
     threads: int = 1    # of each run
     taught: ChainAddition = ADDITION  # what the model has seen solved before
-    steps: int = 420    # of fine-tuning on it
-    lr: float = 1e-3    # and its learning rate
+    steps: int = 460    # of fine-tuning on it
+    lr: float = 5e-4    # and its learning rate
+    compared: int = 0   # problems whose answers a reward model saw compared; 0: a rule pays
 
     @property
     def start(self) -> str:
@@ -56,29 +62,29 @@ def preset(name: str, **choices) -> Objective:
     return replace(PRESETS[name], **choices)
 
 
-METHODS = tiny_config(
-    steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500, overlong_cache=0
-)
-HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
+METHODS = tiny_config(steps=80, max_new_tokens=24, eval_every=10, eval_prompts=500)
+HARD = replace(METHODS, steps=50, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
-SOFT = replace(HARD, overlong_cache=4)
+SOFT = replace(FILTER, overlong_cache=4)
 HIGHER = replace(NAIVE, trust=Clip(0.2, 0.28))
 TOKEN = replace(HIGHER, aggregation=Aggregation("token"))
+PRICED = replace(METHODS, steps=40)
 RECORDS = {
-    "lm_methods": LMRecord(ADDITION, 3, {
+    "lm_methods": LMRecord(ADDITION, 8, {
         "PPO": Variant(preset("rlhf-ppo"), METHODS),
         "RLOO": Variant(preset("rloo", trust=Clip()), METHODS),
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
-        "DAPO": Variant(preset("dapo", overlong=0.0), METHODS),
+        # Fewer steps, for as many samples: it draws groups again.
+        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=56)),
     }),
     "grpo_long": LMRecord(ADDITION, 3, {
         "GRPO": Variant(
             preset("grpo", kl=NoReference()), replace(METHODS, steps=700, eval_every=25)
         ),
-    }, threads=2, steps=460, lr=5e-4),
-    "lm_ablation": LMRecord(ChainAddition(3, 7), 3, {
+    }, threads=2),
+    "lm_ablation": LMRecord(ChainAddition(3, 7), 8, {
         "naive GRPO": Variant(NAIVE, HARD),
         "+ overlong filtering": Variant(NAIVE, FILTER),
         "+ clip-higher": Variant(HIGHER, FILTER),
@@ -88,60 +94,97 @@ RECORDS = {
             replace(TOKEN, selection=Informative()), SOFT
         ),
     }),
-    "rlhf_beta": LMRecord(ADDITION, 3, {
-        f"β = {beta}": Variant(
-            preset("rlhf-ppo", kl=InReward(beta)), replace(METHODS, steps=40)
-        )
+    "rlhf_beta": LMRecord(ADDITION, 8, {
+        f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), PRICED)
         for beta in (0.0, 0.1, 1.0)
     }),
+    "rlhf_learnt": LMRecord(ADDITION, 8, {
+        f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), PRICED)
+        for beta in (0.0, 0.1, 1.0)
+    }, compared=1000),
 }
-NOT_MEANS = {"step", "seconds", "success"}
+LATEST = {"step", "seconds"}
 
 
-def teach(wanted: LMRecord, folder: str) -> float:
-    "Save the model that every run starts from; its success on held-out problems."
+def teach(wanted: LMRecord, folder: Path) -> str:
+    "Save the model that every run starts from, and a reward model; how good they are."
     tokenizer, prompts = char_tokenizer(), wanted.taught.prompts(20_000)
     model, order = tiny_lm(tokenizer), torch.Generator().manual_seed(0)
     solutions = [wanted.taught.solution(prompt) for prompt in prompts]
     sft(model, tokenizer, prompts, solutions, wanted.steps, lr=wanted.lr, generator=order)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    problems = wanted.place.prompts(500, held_out=True)
-    return success_rate(model, tokenizer, wanted.place, problems, 16, order, samples=4)
+    save_lm(folder, model, tokenizer)
+    if not wanted.compared:
+        return wanted.start
+    judge, held_out = RewardModel(model, tokenizer), wanted.place.prompts(300, held_out=True)
+    pairs = compared(model, tokenizer, wanted.place, wanted.place.prompts(wanted.compared), order)
+    fit_reward_model(judge, *pairs, steps=300, lr=3e-4, generator=order)
+    scores = torch.tensor([judge.reward(pairs[0], x) for x in pairs[1:]])
+    judge.head.weight.data /= scores.std()  # now their deviation is one
+    torch.save(judge.state_dict(), folder / "judge.pt")
+    prompts, *answers = compared(model, tokenizer, wanted.place, held_out, order)
+    right = pair_accuracy(*(torch.tensor(judge.reward(prompts, x)) for x in answers))
+    return f"{wanted.start}; {len(pairs[0])} pairs for the reward model, accuracy {right:.2f}"
 
 
-def looks(name: str, folder: str, variant: str, seed: int) -> list[dict]:
+def compared(
+    model, tokenizer, task: ChainAddition, prompts: list[str], order: torch.Generator
+) -> tuple[list[str], list[str], list[str]]:
+    "Prompts with pairs of the model's own answers, a right one and then a wrong one."
+    texts, pairs = sample(model, tokenizer, prompts, 8, 24, generator=order).texts(tokenizer), []
+    for i, prompt in enumerate(prompts):
+        answers = texts[8 * i : 8 * i + 8]
+        right = [x for x in answers if task.verify(prompt, x)]
+        wrong = [x for x in answers if x not in right]
+        pairs += [(prompt, *pair) for pair in zip(right, wrong)]
+    return tuple(map(list, zip(*pairs)))
+
+
+def first(variant: Variant, task: ChainAddition, model, tokenizer, seed: int) -> float:
+    "Success before the first step, on the problems that the run is scored on."
+    config, draws = variant.config, torch.Generator()
+    draws.manual_seed(spawn_seed(seed, "evaluation", 0))
+    prompts = list(dict.fromkeys(task.prompts(config.eval_prompts, seed=seed, held_out=True)))
+    how = config.eval_samples, config.max_new_tokens, draws
+    return pass_at_k(verdicts(model, tokenizer, task, prompts, *how)).mean
+
+
+def looks(name: str, folder: Path, variant: str, seed: int) -> list[dict]:
     "One run: a row for every time that success was looked at."
     torch.set_num_threads(RECORDS[name].threads)
     wanted, task = RECORDS[name].variants[variant], RECORDS[name].place
     model, tokenizer = load_lm(folder)
-    before = peak_mb()
+    reward, who = None, {"variant": variant, "seed": seed}
+    if RECORDS[name].compared:
+        judge = RewardModel(model, tokenizer)
+        judge.load_state_dict(torch.load(folder / "judge.pt", weights_only=True))
+        reward = judge.reward
+    rows = [who | {"steps": 0, "success": first(wanted, task, model, tokenizer, seed)}]
+    before, window = peak_mb(), []
     objective, config = wanted.objective, wanted.config
     run = train_lm(
-        model, tokenizer, task, None, objective, config, seed=seed, device="cpu", progress=False
+        model, tokenizer, task, reward, objective, config, seed=seed, device="cpu",
+        progress=False,
     )
-    rows, window = [], []
     for row in run.log:
         window.append(row)
         if "success" not in row:
             continue
-        means = {
-            key: sum(r[key] for r in window) / len(window) for key in row if key not in NOT_MEANS
-        }
-        facts = {"variant": variant, "seed": seed, "steps": row["step"],
-                 "seconds": row["seconds"], "success": row["success"]}
-        rows.append(facts | means | {"peak_mb": peak_mb() - before})
+        every = {key: [r[key] for r in window if key in r] for key in row if key not in LATEST}
+        means = {key: sum(xs) / len(xs) for key, xs in every.items()}
+        facts = {"steps": row["step"], "seconds": row["seconds"]}
+        rows.append(who | facts | means | {"peak_mb": peak_mb() - before})
         window = []
     return rows
 
 
-def main(name: str, processes: int) -> None:
+def main(name: str, processes: int, variant: str | None = None) -> None:
     torch.set_num_threads(1)
-    wanted = RECORDS[name]
+    wanted = RECORDS[name].only(variant) if variant else RECORDS[name]
     with TemporaryDirectory() as folder:
-        start = f"{wanted.start}, success {teach(wanted, folder):.3f}"
-        runs = wanted.runs(partial(looks, name, folder), processes)
-        wanted.write(name, [row for run in runs for row in run], start=start)
+        start = teach(wanted, Path(folder))
+        runs = wanted.runs(partial(looks, name, Path(folder)), processes)
+        write = wanted.add if variant else wanted.write
+        write(name, [row for run in runs for row in run], start=start)
 
 
 if __name__ == "__main__":

@@ -130,9 +130,15 @@ class Answers:
             "reward": self.rewards.mean().item(),
             "length": samples.mask.sum(1).double().mean().item(),
             "truncated": 1 - samples.finished.double().mean().item(),
-            "entropy": -(samples.logps.sum() / tokens).item(),
+            "entropy": _entropy([self]),
             "tokens_per_second": tokens / seconds,
         }
+
+# %% ../nbs/48a_batch.ipynb #a6f85879
+def _entropy(every: list[Answers]) -> float:
+    "Estimate of the sampling policy's entropy, nats a token."
+    tokens = sum(int(answers.samples.mask.sum()) for answers in every)
+    return -sum(answers.samples.logps.sum().item() for answers in every) / tokens
 
 # %% ../nbs/48a_batch.ipynb #0821509d
 #| code-fold: true
@@ -185,7 +191,7 @@ def collect(
     dead: float = 0.0,       # share that is expected to be left
 ) -> tuple[Answers, dict[str, float]]:
     """Groups for a batch, and for the log how many were dead, drawn, and in how many
-    calls.
+    calls, with the entropy of all that were drawn.
 
     Raises: `NoSignal` if `config.max_draws` calls do not give enough groups.
     Source: Yu et al. 2025.
@@ -205,7 +211,7 @@ def collect(
     filled = fill_groups(drawn_groups, config.prompts, config.max_draws, **how)
     dead = _dead(torch.cat([answers.verdicts for answers in seen]))
     facts = {"dead_groups": dead, "drawn_groups": filled.drawn, "draws": filled.draws}
-    facts |= _told(seen)
+    facts |= {"drawn_entropy": _entropy(seen), **_told(seen)}
     return _joined(filled.groups, pad), facts
 
 # %% ../nbs/48a_batch.ipynb #76de82a7

@@ -3,12 +3,15 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter
 
+import po_book.learner
+import po_book.train
 import pytest
 import torch
 from conftest import ROOT
+from po_book.train import PPOConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -149,20 +152,24 @@ def test_one_variant_is_recorded_again_and_the_others_stay(tmp_path, monkeypatch
     whole = Record("some", 1, {"a": PPOConfig(), "b": PPOConfig(clip=0.1)})
     rows = [{"variant": name, "seed": 0, "mean_return": 1.5} for name in "ab"]
     whole.write("some", rows, tmp_path, device="another")
-    Record("some", 1, {"b": PPOConfig(clip=0.3)}).add("some", [rows[1] | {"mean_return": 2.5}], tmp_path)
+    again = Record("some", 1, {"b": PPOConfig(clip=0.3)})
+    again.add("some", [rows[1] | {"mean_return": 2.5}], tmp_path, start="b")
+    again.add("new", [rows[1]], tmp_path, start="first")
+    assert table(tmp_path / "new.csv")[1:] == [["b", "0", "1.5"]]
+    assert json.loads((tmp_path / "new.json").read_text(encoding="utf-8"))["start"] == "first"
     assert table(tmp_path / "some.csv")[1:] == [["a", "0", "1.5"], ["b", "0", "2.5"]]
     note = json.loads((tmp_path / "some.json").read_text(encoding="utf-8"))
     assert {name: x["clip"] for name, x in note["settings"].items()} == {"a": 0.2, "b": 0.3}
     assert note["device"].startswith("another (b: ") and note["seeds"] == "seeds 0 to 0"
-    assert "(b: " not in note["python"]
+    assert "(b: " not in note["python"] and note["start"] == "b"
     assert whole.only("b").variants == {"b": PPOConfig(clip=0.1)}
     for words, found in (["some"], ("some", 1)), (["some", "2", "b"], ("some", 2, "b")):
         monkeypatch.setattr(sys, "argv", ["record.py", *words])
-        assert asked("", {"some": whole}, most=3) == found
+        assert asked("", {"some": whole}) == found
     for words in [], ["other"], ["some", "1", "c"], ["some", "1", "b", "b"]:
         monkeypatch.setattr(sys, "argv", ["record.py", *words])
         with pytest.raises(SystemExit, match="NAME is one of: some"):
-            asked("", {"some": whole}, most=3)
+            asked("", {"some": whole})
 
 
 NAMED = {  # what a detail's name says, as settings
@@ -177,27 +184,44 @@ NAMED = {  # what a detail's name says, as settings
     "observations normalised": {"normalize_obs": True},
     "entropy bonus 0.01": {"entropy_coef": 0.01},
     "one environment": {"n_envs": 1, "n_steps": 1024},
+    "epochs end at 0.01 nats": {"target_kl": 0.01},
+    "rewards normalised": {"normalize_rewards": True},
 }
 
 
 def test_a_detail_of_ppo_changes_what_its_name_says_and_nothing_else():
     from record import RECORDS
 
-    variants = RECORDS["ppo_details"].variants
-    assert variants == {name: replace(variants["as it is"], **more) for name, more in NAMED.items()}
-    base = variants["as it is"]
+    variants = dict(RECORDS["ppo_details"].variants)
+    base, general = variants["as it is"], variants.pop("general defaults")
+    assert variants == {name: replace(base, **more) for name, more in NAMED.items()}
     for name, more in NAMED.items():
         assert all(getattr(base, key) != value for key, value in more.items()), name
+    assert general == PPOConfig(total_steps=base.total_steps, eval_every=base.eval_every)
+    pairs = zip(asdict(base).values(), asdict(general).values())
+    assert sum(one != other for one, other in pairs) == 7  # as the page says
+
+
+def test_the_details_of_the_record_are_those_of_the_code():
+    from record import RECORDS
+
+    note = json.loads((ROOT / "results" / "ppo_details.json").read_text(encoding="utf-8"))
+    settings = json.loads(json.dumps(RECORDS["ppo_details"].settings()))
+    assert note["settings"] == settings
+    assert {row[0] for row in table(ROOT / "results" / "ppo_details.csv")[1:]} == settings.keys()
+
+
+def detail(name):
+    "The log of a short run of a detail, four rollouts."
+    from record import RECORDS
+
+    config = replace(RECORDS["ppo_details"].variants[name], total_steps=4096, eval_every=0)
+    return po_book.train.train("ppo", "CartPole-v1", config=config, progress=False).log
 
 
 def test_a_run_without_the_clip_clips_nothing():
-    from po_book.train import train
-    from record import RECORDS
-
     def fractions(name):
-        config = replace(RECORDS["ppo_details"].variants[name], total_steps=4096, eval_every=0)
-        log = train("ppo", "CartPole-v1", config=config, progress=False).log
-        return [row["clip_fraction"] for row in log]
+        return [row["clip_fraction"] for row in detail(name)]
 
     assert set(fractions("ratio not clipped")) == {0.0}
     assert max(fractions("as it is")) > 0.05
@@ -310,3 +334,26 @@ def test_trl_does_the_same_arithmetic_in_a_race(tmp_path, monkeypatch):
     for a, b, c in zip(start.parameters(), mine.parameters(), theirs.parameters()):
         assert (b - a).abs().mean() > 5e-4
         assert (c - b).norm() < 0.02 * (b - a).norm()
+
+def test_a_run_whose_epochs_end_early_takes_fewer(monkeypatch):
+    made, epochs = po_book.learner.minibatches, []
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *x: epochs.append(1) or made(*x))
+    taken = {}
+    for name in "as it is", "epochs end at 0.01 nats":
+        epochs.clear()
+        rollouts = len(detail(name))
+        taken[name] = len(epochs) / rollouts
+    assert taken["as it is"] == 6 > taken["epochs end at 0.01 nats"] >= 1
+
+
+@pytest.mark.parametrize("name", ["as it is", "rewards normalised", "general defaults"])
+def test_a_run_with_normalised_rewards_learns_from_other_numbers(name, monkeypatch):
+    made, seen = po_book.train.critic_batch, []
+    monkeypatch.setattr(
+        po_book.train, "critic_batch", lambda *x: seen.append(x[1].rewards[x[1].valid]) or made(*x)
+    )
+    detail(name)
+    ones = [bool((rewards == 1).all()) for rewards in seen]
+    assert len(seen) >= 4 and all(ones) == (name == "as it is")
+    if name != "as it is":
+        assert max(rewards.max() for rewards in seen[1:]) < 0.5  # returns deviate by more than 2

@@ -75,7 +75,20 @@ def test_dynamic_sampling_goes_by_the_verdicts_and_counts_what_was_drawn():
     found, facts = collect(lambda n: next(drawn), CONFIG, Informative(), TOKENIZER.pad_token_id)
     assert found.prompts == ["first 1", "second 1"]
     assert found.verdicts.tolist() == [[0, 1], [1, 0]]
-    assert facts == {"dead_groups": pytest.approx(4 / 6), "drawn_groups": 6, "draws": 2}
+    counts = {"dead_groups": pytest.approx(4 / 6), "drawn_groups": 6, "draws": 2}
+    assert facts == counts | {"drawn_entropy": 1}
+
+
+def test_entropy_is_known_of_all_that_was_drawn_and_of_what_was_kept():
+    dead, live = [1.0, 1.0], [0.0, 1.0]
+    calls = {2: answers([dead, live]), 4: answers([live, dead, dead, dead])}
+    for drawn in calls.values():
+        unsure = (drawn.verdicts[:, 0] != drawn.verdicts[:, 1]).repeat_interleave(2)
+        drawn.samples.logps[unsure] *= 0.7  # nats a token
+        drawn.samples.logps[~unsure] *= 0.1
+    found, facts = collect(calls.get, CONFIG, Informative(), TOKENIZER.pad_token_id)
+    assert found.facts(1.0)["entropy"] == pytest.approx(0.7)
+    assert facts["drawn_entropy"] == pytest.approx((2 * 0.7 + 4 * 0.1) / 6)
 
 
 def test_informative_groups_that_were_too_many_are_not_dead():
