@@ -335,6 +335,7 @@ def test_trl_does_the_same_arithmetic_in_a_race(tmp_path, monkeypatch):
         assert (b - a).abs().mean() > 5e-4
         assert (c - b).norm() < 0.02 * (b - a).norm()
 
+
 def test_a_run_whose_epochs_end_early_takes_fewer(monkeypatch):
     made, epochs = po_book.learner.minibatches, []
     monkeypatch.setattr(po_book.learner, "minibatches", lambda *x: epochs.append(1) or made(*x))
