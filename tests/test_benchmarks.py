@@ -227,6 +227,115 @@ def test_a_run_without_the_clip_clips_nothing():
     assert max(fractions("as it is")) > 0.05
 
 
+def test_a_line_of_a_race_is_of_those_who_got_there():
+    from race import Finish, line
+
+    won = [Finish(2.0, 2000, 40, True), Finish(6.0, 4000, 60, True), Finish(3.0, 3000, 50, True)]
+    lost = [Finish(9.0, 9000, 90, False), Finish(8.0, 9000, 90, False)]
+    row = ["a", "3 of 5", "3.00 (2.00 to 6.00)", "3000", "50", "60.00", "1.5"]
+    assert line("a", won + lost, 2.0) == row
+    assert line("b", lost, 2.0) == ["b", "0 of 2", "over 8", "", "", "", "over 4.0"]
+
+
+def test_the_peer_on_lunarlander_has_our_settings():
+    from lunarlander_cpu import OURS, alike
+
+    from po_book.algorithm import new_learner
+
+    peer, mine = alike(0), new_learner("LunarLander-v3", 0, OURS).policy
+    same = dict(n_envs=OURS.n_envs, n_steps=OURS.n_steps, batch_size=OURS.minibatch,
+                n_epochs=OURS.epochs, gamma=OURS.gamma, gae_lambda=OURS.lam,
+                max_grad_norm=OURS.max_grad_norm, ent_coef=OURS.entropy_coef, target_kl=None,
+                normalize_advantage=OURS.normalize_advantages, clip_range_vf=OURS.clip_value)
+    assert {name: getattr(peer, name) for name in same} == same
+    assert OURS.anneal and OURS.clip_high is None and not OURS.normalize_obs
+    assert peer.lr_schedule(0.5) == OURS.lr / 2 and peer.clip_range(0.5) == OURS.clip / 2
+    adam = peer.policy.optimizer.param_groups[0]
+    assert (adam["eps"], adam["betas"]) == (1e-5, (0.9, 0.999))
+    sizes = [sorted(p.numel() for p in who.parameters()) for who in (peer.policy, mine)]
+    assert sizes[0] == sizes[1]
+
+
+def small_race(**changes):
+    from lm_end_to_end import Race
+
+    from po_book.lm_learner import tiny_config
+
+    small = dict(steps=4, prompts=4, group_size=4, max_new_tokens=12, warmup=2)
+    return Race(tiny_config(**small | changes), (0.0, 2.0), every=2, problems=8, taught=1)
+
+
+def test_both_trainers_of_a_race_run_and_their_lines_are_tabled(tmp_path, capsys):
+    from lm_end_to_end import compete, ratios, table, teach
+
+    race = small_race()
+    assert 0 <= teach(race, tmp_path) < 0.5
+    runs = compete(race, 2, tmp_path)
+    words = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    order = [word for word in words if word[0] in runs]
+    assert order == [["po_book", "0"], ["TRL", "0"], ["TRL", "1"], ["po_book", "1"]]
+    columns, rows = table(race, runs)
+    rows = [dict(zip(columns, row)) for row in rows]
+    assert [(row["trainer"], row["seed"]) for row in rows] == [
+        ("po_book", 0), ("po_book", 1), ("TRL", 0), ("TRL", 1)]
+    for row in rows:  # a look every second batch of 16; nobody reaches 2
+        assert (row["batches"], row["samples to 0"], row["samples to 2"]) == (4, 32, "")
+    over = ratios(race, runs)
+    assert over["samples to 0"] == "1.00 (1.00 to 1.00), seeds: 2"
+    assert over["seconds to 2"] == "no seed"
+
+
+def test_a_run_of_a_race_ends_at_its_last_line(tmp_path):
+    from lm_end_to_end import TRAINERS, Run, teach
+
+    from po_book.pretrained import load_lm
+
+    race = replace(small_race(), lines=(0.0,))
+    teach(race, tmp_path)
+    for trainer in TRAINERS.values():
+        run = Run(race, *load_lm(tmp_path), 0)
+        trainer(run)
+        assert run.batches == 2 and run.reached[0.0][0] == 32
+
+
+def test_trl_does_the_same_arithmetic_in_a_race(tmp_path, monkeypatch):
+    "From the samples of `train_lm` it makes the same weights: two passes, two minibatches."
+    import lm_end_to_end
+    from trl import GRPOTrainer
+
+    import po_book.train_lm
+    from po_book.pretrained import load_lm
+
+    drawn, sample = [], po_book.train_lm.sample
+
+    def kept(*args, **how):
+        drawn.append(sample(*args, **how))
+        return drawn[-1]
+
+    def same(trainer, prompts, *more):
+        samples = drawn.pop(0)
+        asked = samples.attention_mask & ~samples.mask
+        assert prompts == [row[real].tolist() for row, real in zip(samples.ids, asked)]
+        return [row[own].tolist() for row, own in zip(samples.ids, samples.mask)], None
+
+    race = small_race(steps=3, lr=1e-3)
+    lm_end_to_end.teach(race, tmp_path)
+    monkeypatch.setattr(po_book.train_lm, "sample", kept)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", same)
+    monkeypatch.setattr(torch, "randperm", lambda n, **where: torch.arange(n))  # nothing is mixed
+    # Any answer may earn something, so that every batch has a gradient.
+    monkeypatch.setattr(lm_end_to_end, "REWARD", lambda prompts, completions, **more: [
+        sum(map(ord, text)) % 7 / 7 for text in completions])
+    start, mine, theirs = (load_lm(tmp_path)[0] for _ in range(3))
+    tokenizer = load_lm(tmp_path)[1]
+    for trainer, model in (lm_end_to_end.ours, mine), (lm_end_to_end.trl, theirs):
+        trainer(lm_end_to_end.Run(race, model, tokenizer, 0))
+    assert not drawn
+    for a, b, c in zip(start.parameters(), mine.parameters(), theirs.parameters()):
+        assert (b - a).abs().mean() > 5e-4
+        assert (c - b).norm() < 0.02 * (b - a).norm()
+
+
 def test_a_run_whose_epochs_end_early_takes_fewer(monkeypatch):
     made, epochs = po_book.learner.minibatches, []
     monkeypatch.setattr(po_book.learner, "minibatches", lambda *x: epochs.append(1) or made(*x))
