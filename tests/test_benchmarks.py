@@ -202,13 +202,42 @@ def test_a_detail_of_ppo_changes_what_its_name_says_and_nothing_else():
     assert sum(one != other for one, other in pairs) == 7  # as the page says
 
 
-def test_the_details_of_the_record_are_those_of_the_code():
+SWITCHED = {  # what the first variant has, and what the names of the others change
+    "dqn_cartpole": {
+        "replay and target network": {"memory": 50_000, "tau": 0.03},
+        "without target network": {"tau": 1.0},
+        "without replay": {"memory": 256, "learning_starts": 256},
+        "with neither": {"tau": 1.0, "memory": 256, "learning_starts": 256},
+    },
+    "ddpg_pendulum": {"noise 0.2": {"sigma": 0.2}, "noise 0.01": {"sigma": 0.01}},
+    "trpo_pendulum": {
+        "rollouts of 200 steps": {"n_steps": 200},
+        "rollouts of 128 steps": {"n_steps": 128},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_switch_changes_what_its_name_says_and_nothing_else(name):
     from record import RECORDS
 
-    note = json.loads((ROOT / "results" / "ppo_details.json").read_text(encoding="utf-8"))
-    settings = json.loads(json.dumps(RECORDS["ppo_details"].settings()))
-    assert note["settings"] == settings
-    assert {row[0] for row in table(ROOT / "results" / "ppo_details.csv")[1:]} == settings.keys()
+    variants = RECORDS[name].variants
+    first = variants[next(iter(SWITCHED[name]))]
+    assert variants == {variant: replace(first, **more) for variant, more in SWITCHED[name].items()}
+    assert len(set(map(repr, variants.values()))) == len(variants)
+
+
+TEN = "ppo_details", "ppo_acrobot", "ppo_pendulum", "ppo_lunarlander", *SWITCHED
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_a_record_has_ten_seeds_of_what_the_code_would_run(name):
+    from record import RECORDS
+
+    note = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert note["settings"] == json.loads(json.dumps(RECORDS[name].settings()))
+    runs = {(variant, seed) for variant, seed, *_ in table(ROOT / "results" / f"{name}.csv")[1:]}
+    assert runs == {(variant, str(seed)) for variant in note["settings"] for seed in range(10)}
 
 
 def detail(name):
