@@ -66,10 +66,10 @@ METHODS = tiny_config(
     steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500, overlong_cache=0
 )
 SHORT = tiny_config(steps=40, max_new_tokens=24, eval_every=10, eval_prompts=500)
-HARD = replace(SHORT, steps=50, eval_samples=4, eval_prompts=200)
+HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
-SOFT = replace(FILTER, overlong_cache=4)
+SOFT = replace(HARD, overlong_cache=4)
 HIGHER = replace(NAIVE, trust=Clip(0.2, 0.28))
 TOKEN = replace(HIGHER, aggregation=Aggregation("token"))
 RECORDS = {
@@ -85,7 +85,7 @@ RECORDS = {
             preset("grpo", kl=NoReference()), replace(METHODS, steps=700, eval_every=25)
         ),
     }, threads=2),
-    "lm_ablation": LMRecord(ChainAddition(3, 7), 8, {
+    "lm_ablation": LMRecord(ChainAddition(3, 7), 3, {
         "naive GRPO": Variant(NAIVE, HARD),
         "+ overlong filtering": Variant(NAIVE, FILTER),
         "+ clip-higher": Variant(HIGHER, FILTER),
@@ -94,7 +94,7 @@ RECORDS = {
         "+ dynamic sampling": Variant(
             replace(TOKEN, selection=Informative()), SOFT
         ),
-    }),
+    }, steps=420, lr=1e-3),
     "rlhf_beta": LMRecord(ADDITION, 8, {
         f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), SHORT)
         for beta in (0.0, 0.1, 1.0)
