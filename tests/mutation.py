@@ -923,6 +923,19 @@ FAULTS = [
     Fault("server-failed", "servers.py", "said.get(\"success\") is False", "said.get(\"success\") is None", "test_servers.py -k cannot_load"),
     Fault("server-prefix", "servers.py", "        (\"reset_prefix_cache\", {}),\n", "", "test_servers.py -k gets_the_weights"),
     Fault("server-together", "servers.py", "ThreadPoolExecutor(self.at_once)", "ThreadPoolExecutor(1)", "test_servers.py -k together"),
+    # What a few runs say
+    Fault("student-power", "intervals.py", "wanted = level * _cosine_area(dof - 1, high)", "wanted = level * _cosine_area(dof, high)", "test_intervals.py"),
+    Fault("student-odd", "intervals.py", "for j in range(2 + odd, k + 1, 2):", "for j in range(2, k + 1, 2):", "test_intervals.py"),
+    Fault("interval-paired", "intervals.py", "(x - y).std(ddof=1) / sqrt(n)", "sqrt(x.var(ddof=1) + y.var(ddof=1)) / sqrt(n)", "test_intervals.py"),
+    Fault("interval-dof", "intervals.py", "student_t(1 - (1 - level) / comparisons, n - 1)", "student_t(1 - (1 - level) / comparisons, n)", "test_intervals.py"),
+    Fault("interval-together", "intervals.py", "student_t(1 - (1 - level) / comparisons, n - 1)", "student_t(level, n - 1)", "test_intervals.py"),
+    Fault("interval-infinite", "intervals.py", "require(np.isfinite([x, y]).all(),", "require(np.isfinite(x - y).any(),", "test_intervals.py"),
+    Fault("median-miss", "intervals.py", "sum(comb(n, j) for j in range(k))", "sum(comb(n, j) for j in range(k - 1))", "test_intervals.py"),
+    Fault("median-widest", "intervals.py", "k = kept[-1]", "k = kept[0]", "test_intervals.py"),
+    Fault("median-reached", "intervals.py", "reached = 1 - comparisons * _miss(k, n)", "reached = level", "test_intervals.py"),
+    Fault("deal-edge", "intervals.py", "off >= seen]", "off > seen]", "test_intervals.py"),
+    Fault("improvement-ties", "intervals.py", "0.5 * (both[:, None] == both)", "(both[:, None] == both)", "test_intervals.py"),
+    Fault("improvement-together", "intervals.py", "min(1.0, comparisons * _deal_p(ranks, n))", "min(1.0, _deal_p(ranks, n))", "test_intervals.py"),
 ]  # fmt: skip
 
 

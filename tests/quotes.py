@@ -78,6 +78,12 @@ def reached(record, variant, line, column=None, at="steps"):
     return np.array([[*x, never][0] for x, never in hits])
 
 
+def below(record, variant, line, column=None):
+    "For each seed, share of scores under the line, from the first that is not, or of all."
+    found = curves(record, variant, column)
+    return np.array([(x[np.argmax(x >= line) :] < line).mean() for x in found])
+
+
 def seeds(record, variant):
     "How many."
     return len(curves(record, variant, None))
@@ -123,7 +129,7 @@ OF_RECORDS = {
     "lowest": each(np.min),
     "whole": each(np.mean),  # mean of the curve
     "fall": each(lambda x: max(a - b for a, b in pairwise(x))),  # largest to the next
-} | {f.__name__: f for f in (scores, reached, seeds, variants, cell, setting)}
+} | {f.__name__: f for f in (scores, reached, below, seeds, variants, cell, setting)}
 VOCABULARY = (
     OF_RECORDS
     | {f.__name__: f for f in (later, half, min, max, abs, sum, len)}
