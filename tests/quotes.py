@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from conftest import ROOT
+from po_book.intervals import interval, probability_of_improvement
 
 GRADES = "mean_return", "success"
 WORDS = {
@@ -89,17 +90,6 @@ def seeds(record, variant):
     return len(curves(record, variant, None))
 
 
-def later(ours, others):
-    "Share of pairs, one of each, in which ours is the larger; a tie counts half."
-    ours = np.array(ours)[:, None]
-    return ((ours > others) + 0.5 * (ours == others)).mean()
-
-
-def half(x, t):
-    "Half the width of an interval of `t` standard errors."
-    return t * np.std(x, ddof=1) / len(x) ** 0.5
-
-
 def cell(record, column, *row, n=0):
     "Number `n` in a column of a table, in the one row that has all of `row` in it."
     (found,) = [x for x in rows(record) if {*row} <= {*x.values()}]
@@ -132,7 +122,8 @@ OF_RECORDS = {
 } | {f.__name__: f for f in (scores, reached, below, seeds, variants, cell, setting)}
 VOCABULARY = (
     OF_RECORDS
-    | {f.__name__: f for f in (later, half, min, max, abs, sum, len)}
+    | {f.__name__: f for f in (interval, probability_of_improvement)}
+    | {f.__name__: f for f in (min, max, abs, sum, len)}
     | {"mean": np.mean, "median": np.median, "round": np.round, "log": np.log, "exp": np.exp}
     | {"count": np.count_nonzero}  # in how many seeds it is so
 )
