@@ -46,7 +46,7 @@ def checks(name: str) -> list[Check]:
 
 @cache
 def verdicts() -> dict[str, str]:
-    with open(ROOT / "tests" / "verdicts.csv", encoding="utf-8") as file:
+    with open(ROOT / "_ext" / "verdicts.csv", encoding="utf-8") as file:
         return dict(csv.reader(file))
 
 
