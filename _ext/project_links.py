@@ -18,6 +18,8 @@ def set_links(app: Sphinx, config: Config) -> None:
     settings = parser["DEFAULT"]
     user, repo = settings["user"], settings["repo"]
     config.html_baseurl = f"https://{user}.github.io/{repo}/"
+    config.ogp_site_url = config.html_baseurl
+    config.ogp_site_name = settings["title"]
     config.notfound_urls_prefix = f"/{repo}/"
     config.notfound_context = {"title": "Page not found", "body": NOT_FOUND.format(repo)}
     config.release = config.version = settings["version"]

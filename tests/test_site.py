@@ -157,3 +157,19 @@ def test_nothing_of_a_solution_stands_outside_it(site, name):
     for solution in page.find_all("div", class_="solution"):
         after = solution.find_next_sibling()
         assert after is None or "cell" not in after.get("class", [])
+
+
+@pytest.mark.parametrize("name", toc_pages())
+def test_a_link_to_a_page_shows_what_it_is(site, name):
+    "Its title, a description in words, and a picture that is there."
+    text = (site / f"{name}.html").read_text(encoding="utf-8")
+    head = BeautifulSoup(text, "html.parser").head
+    said = {tag.get("property") or tag.get("name"): tag["content"] for tag in head.select("meta[content]")}
+    assert said["og:title"] and len(said["description"]) > 40 and "{" not in said["description"]
+    base, url = said["og:url"].split(f"{name}.html")[0], said["og:image"]
+    assert url.startswith(base) and (site / url.removeprefix(base)).exists()
+
+
+def test_the_sitemap_has_every_page(site):
+    listed = re.findall(r"<loc>[^<]*/([^/<]+)\.html</loc>", (site / "sitemap.xml").read_text("utf-8"))
+    assert {*toc_pages()} <= {*listed}
