@@ -16,7 +16,7 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from jupyter_cache import get_cache
-from nbformat import NotebookNode
+from nbformat import NotebookNode, from_dict
 from parallel_execution import bridged
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
@@ -93,9 +93,11 @@ class Ledger(SphinxDirective):
             return dict(csv.reader(file))
 
     def executed(self, docname: str) -> NotebookNode | None:
-        "A chapter with its outputs, if it is a notebook that has run."
-        if not self.env.doc2path(docname).endswith(".ipynb"):
-            return None
+        "A chapter with its outputs, or a page of prose; nothing where a chapter failed."
+        path = Path(self.env.doc2path(docname))
+        if path.suffix != ".ipynb":
+            prose = {"cell_type": "markdown", "source": path.read_text(encoding="utf-8")}
+            return from_dict({"cells": [prose]})
         cache = get_cache(self.env.mystnb_config.execution_cache_path or ".jupyter_cache")
         try:
             return cache.merge_match_into_notebook(bridged(self.env.app, docname))[1]
