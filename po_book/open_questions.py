@@ -119,7 +119,7 @@ def prior_strength(
 
 # %% ../nbs/50_open_questions.ipynb #14e64194
 def prefix_values(
-    policy: Sequence[Float[Tensor, "..."]],  # of token t after each prefix, [*prefix, A]
+    policy: Sequence[Float[Tensor, "..."]],  # of the next token, [*prefix, A]
     rewards: Float[Tensor, "..."],           # of each response, an axis a token
 ) -> list[Float[Tensor, "..."]]:
     """Value {eq}`eq-oq-tree` of every prefix: of none, of one token, ..., of all.
@@ -144,8 +144,8 @@ def _check_tree(policy: Sequence[Tensor], rewards: Tensor) -> None:
 
 # %% ../nbs/50_open_questions.ipynb #728b832e
 def token_moments(
-    policy: Sequence[Float[Tensor, "..."]],   # of token t after each prefix, [*prefix, A]
-    weights: Sequence[Float[Tensor, "..."]],  # $\Psi_t$ for every response, of each token
+    policy: Sequence[Float[Tensor, "..."]],   # of the next token, [*prefix, A]
+    weights: Sequence[Float[Tensor, "..."]],  # $\Psi_t$ of each token, in all responses
 ) -> tuple[list[Float[Tensor, "..."]], Float[Tensor, ""]]:
     """Mean and total variance of one response's gradient in the logits of all prefixes.
 

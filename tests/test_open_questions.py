@@ -40,7 +40,11 @@ def outcomes(rates, size):
     return groups, torch.where(groups > 0, p, 1 - p).prod(-1)
 
 
-@pytest.mark.parametrize("advantages", [centred, leave_one_out, group_advantages])
+def off_centre(R):
+    return R - 0.3
+
+
+@pytest.mark.parametrize("advantages", [centred, leave_one_out, group_advantages, off_centre])
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_the_sum_over_counts_is_the_sum_over_all_outcomes(advantages, size):
     groups, chance = outcomes(RATES, size)
