@@ -35,6 +35,7 @@ from po_book import (
     natural_gradient,
     objective,
     off_policy,
+    open_questions,
     policies,
     policy_gradient,
     ppo,
@@ -145,6 +146,11 @@ def sampled(x):
         process(), x.chances(3, 2), 8, 2, torch.Generator().manual_seed(0)
     )
     return found.rewards, found.weights, found.states
+
+
+def branches(x):
+    "Two tokens, the first of two symbols, the second of three."
+    return x.chances(2), x.chances(2, 3)
 
 
 def matrix(x):
@@ -502,6 +508,15 @@ CALLS = {
     "policies.DeterministicPolicy.q": lambda x: deterministic(x)[0].q(*deterministic(x)[1:]),
     "policies.DeterministicPolicy.act": lambda x: deterministic(x)[0].train().act(
         x(5, 3), torch.Generator().manual_seed(0)
+    ),
+    "open_questions.group_moments": lambda x: vars(
+        open_questions.group_moments(x.chances(3), 4, grpo.leave_one_out)
+    ),
+    "open_questions.shrunk_advantages": lambda x: open_questions.shrunk_advantages(x(3, 4), 2.0),
+    "open_questions.prior_strength": lambda x: open_questions.prior_strength(x(3, 4)),
+    "open_questions.prefix_values": lambda x: open_questions.prefix_values(branches(x), x(2, 3)),
+    "open_questions.token_moments": lambda x: open_questions.token_moments(
+        branches(x), [x(2, 3), x(2, 3, seed=1)]
     ),
     "policy_gradient.score": lambda x: policy_gradient.score(
         two(x)[0], torch.arange(3), torch.zeros(3, dtype=torch.int64)
