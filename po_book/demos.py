@@ -5,6 +5,7 @@
 # %% ../nbs/52_demos.ipynb #cb2458da
 from __future__ import annotations
 
+from math import pi
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from altair import Chart, LayerChart, Parameter, VConcatChart
 
 # %% auto #0
-__all__ = ['clip_demo', 'gae_demo', 'grpo_demo']
+__all__ = ['clip_demo', 'gae_demo', 'grpo_demo', 'dapo_demo', 'kl_demo', 'ppo_demo', 'trust_region_demo']
 
 # %% ../nbs/52_demos.ipynb #dfb2b62b
 def _altair() -> ModuleType:
@@ -297,3 +298,285 @@ def grpo_demo() -> VConcatChart:
         "', deviation ' + format(deviation, '.3f')",
         "Bars of eight rewards with their mean, of their advantages, and of what one "
         "token of each answer receives under three aggregations.")
+
+# %% ../nbs/52_demos.ipynb #fc35f50f
+def dapo_demo() -> VConcatChart:
+    """Room for a token under two bounds, dead groups, penalty {eq}`eq-dapo-overlong`.
+
+    Raises: `ImportError` without Altair.
+    """
+    alt = _altair()
+    color = alt.Color("what:N", title=None, scale=alt.Scale(range=[_GRAY, _BLUE, _RED]),
+                      sort=["before", "at most", "at least"],
+                      legend=alt.Legend(orient="top"))
+    room = _grid("p", 0, 1, 101, **{
+        "before": "datum.p", "at most": "min(1, (1 + clip_high) * datum.p)",
+        "at least": "(1 - clip_low) * datum.p"})
+    after = room.transform_fold(["before", "at most", "at least"], as_=["what", "q"])
+    dead = "pow({0}, group) + pow(1 - {0}, group)"
+    groups = _grid("p", 0, 1, 101, dead=dead.format("datum.p"))
+    cost = "clamp((max_len - cache - {0}) / cache, -1, 0)"
+    lengths = _grid("length", 0, 200, 201, penalty=cost.format("datum.length"))
+    chosen = {"filled": True, "size": 110, "color": _RED, "opacity": 1}
+    group = _rows([{}], p="success", dead=dead.format("success"))
+    answer = _rows([{}], length="tokens", penalty=cost.format("tokens"))
+    share = alt.X("p:Q", title="success rate"), alt.Y("dead:Q", title="dead groups")
+    tokens = (alt.X("length:Q", title="tokens of an answer"),
+              alt.Y("penalty:Q", title="penalty", scale=alt.Scale(domain=[-1, 0])))
+    return _demo(
+        [after.mark_line().encode(alt.X("p:Q", title="probability of a token before"),
+                                  alt.Y("q:Q", title="after"), color,
+                                  ).properties(height=130),
+         (groups.mark_line(color=_BLUE).encode(*share)
+          + group.mark_point(**chosen).encode(*share)).properties(height=90),
+         (lengths.mark_line(color=_BLUE).encode(*tokens)
+          + answer.mark_point(**chosen).encode(*tokens)).properties(height=90)],
+        [_slider("clip_low", "ε low", 0.2, 0, 0.9),
+         _slider("clip_high", "ε high", 0.28, 0, 1),
+         _slider("success", "success rate", 0.8, 0, 1),
+         _slider("group", "group size G", 8, 2, 32, 1),
+         _slider("max_len", "limit of tokens", 160, 80, 200, 1),
+         _slider("cache", "last that cost", 40, 1, 79, 1),
+         _slider("tokens", "tokens of answer", 140, 0, 200, 1)],
+        f"'dead groups ' + format({dead.format('success')}, '.3f') + ': for 100 that "
+        f"teach, ' + (success * (1 - success) == 0 ? 'no number is enough' : "
+        f"'draw about ' + format(100 / (1 - {dead.format('success')}), '.0f')) + "
+        f"'\\npenalty of the answer ' + format({cost.format('tokens')}, '.3f')",
+        "Bounds of a token's probability after an update against that before, the "
+        "share of dead groups against the success rate, and the penalty of long "
+        "answers against their length.")
+
+# %% ../nbs/52_demos.ipynb #0ec36ae0
+_KL = {"k1": "-{0}", "k2": "{0} * {0} / 2", "k3": "exp({0}) - 1 - {0}"}
+_KL_SLOPES = {"k1": "1", "k2": "-{0}", "k3": "1 - exp({0})"}
+_LOG_U = "log(q / {0})", "log((1 - q) / (1 - {0}))"  # of the two actions
+
+
+def _mean_kl(kind: str, p: str) -> str:
+    "Formula of the mean of an estimator over both actions."
+    first, second = (f"({_KL[kind].format(u.format(p))})" for u in _LOG_U)
+    return f"{p} * {first} + (1 - {p}) * {second}"
+
+# %% ../nbs/52_demos.ipynb #766920f5
+def _mean_kl_gradient(kind: str, p: str) -> str:
+    "Formula of the mean gradient of an estimator in the logit of the first action."
+    first, second = (f"({_KL_SLOPES[kind].format(u.format(p))})" for u in _LOG_U)
+    return f"{p} * (1 - {p}) * ({first} - {second})"
+
+# %% ../nbs/52_demos.ipynb #3f3de78f
+def kl_demo() -> VConcatChart:
+    """Means of the estimators {eq}`eq-kl-estimators`, and of their gradients.
+
+    Raises: `ImportError` without Altair.
+    """
+    alt = _altair()
+    formulas = {"value": _mean_kl, "gradient": _mean_kl_gradient}
+    kinds = alt.Scale(domain=list(_KL), range=[_BLUE, _RED, _GREEN])
+    color = alt.Color("kind:N", title=None, scale=kinds,
+                      legend=alt.Legend(orient="top"))
+    x = alt.X("x:Q", title="p, probability of the first action")
+
+    def panel(what: str, title: str, bounds: list[float]) -> LayerChart:
+        y = alt.Y("height:Q", title=title, scale=alt.Scale(domain=bounds))
+
+        def drawn(chart: Chart, at: str) -> Chart:
+            columns = {kind: formulas[what](kind, at) for kind in _KL}
+            chart = chart.transform_calculate(**columns)
+            return chart.transform_fold(list(_KL), as_=["kind", "height"]).encode(
+                x, y, color)
+
+        curve = drawn(_grid("x", 0.01, 0.99, 99), "datum.x").mark_line(clip=True)
+        curve = curve.encode(strokeDash=alt.condition(
+            "datum.kind == 'k3'", alt.value([6, 4]), alt.value([1, 0])))
+        here = drawn(_rows([{}], x="p"), "p").mark_point(filled=True, size=90,
+                                                         opacity=1, clip=True)
+        return alt.layer(curve, here).properties(height=140)
+
+    texts = [f"'{kind}: value ' + format({_mean_kl(kind, 'p')}, '.3f') + ', gradient ' "
+             f"+ format({_mean_kl_gradient(kind, 'p')}, '.3f')" for kind in _KL]
+    return _demo(
+        [panel("value", "mean value", [0, 2]),
+         panel("gradient", "mean gradient", [-0.6, 0.6])],
+        [_slider("p", "p, policy", 0.8, 0.01, 0.99),
+         _slider("q", "q, reference", 0.4, 0.01, 0.99)],
+        " + '\\n' + ".join(texts),
+        "Mean values and mean gradients of the estimators k1, k2 and k3 against the "
+        "probability of the first action.")
+
+# %% ../nbs/52_demos.ipynb #47bee2fc
+_REWARDS_OF_STEPS = [0, 0, 1, 0, 2]
+_VALUES = [1.5, 1.0, 2.0, 0.5, 1.5]
+_LOGITS = [0.4, -0.2, 1.0, 0.0, -0.6]  # of the first action, under the old policy
+_MOVES = [0.5, -0.8, 0.6, 0.9, -0.4]   # of the logits, after updates of size 1
+_ACTIONS = [1, 1, 0, 1, 0]             # 1: the first
+_LAST = len(_VALUES) - 1
+
+
+def _recursion() -> list[Parameter]:
+    "TD errors and advantages of the five steps, each from the one after it."
+    following = [*map(str, _VALUES[1:]), "0"]  # nothing follows a termination
+    numbers = {f"d{t}": f"{r} + gamma * {after} - {v}" for t, (r, v, after) in
+               enumerate(zip(_REWARDS_OF_STEPS, _VALUES, following))}
+    numbers[f"a{_LAST}"] = f"d{_LAST}"
+    for t in reversed(range(_LAST)):
+        numbers[f"a{t}"] = f"d{t} + gamma * lam * a{t + 1}"
+    return _numbers(**numbers)
+
+# %% ../nbs/52_demos.ipynb #59d47308
+def _loop_columns() -> dict[str, str]:
+    "Formulas of what the loop knows of a step, in the order in which it learns it."
+    new, old = (f"(1 / (1 + exp(-{x})))" for x in
+                ("(datum.logit + move * datum.toward)", "datum.logit"))
+    taken = "(datum.action == 1 ? {0} : 1 - {0})"
+    delta, advantage = (f"[{', '.join(f'{name}{t}' for t in range(_LAST + 1))}][datum.t]"
+                        for name in "da")
+    return {
+        "reward r": "datum.r", "value V": "datum.v", "TD error δ": delta,
+        "advantage Â": advantage, "target G": "datum['advantage Â'] + datum.v",
+        "ratio ρ": f"{taken.format(new)} / {taken.format(old)}",
+        "gain": _clipped("datum['ratio ρ']", "datum['advantage Â']"),
+        "value loss": "pow(datum.v - datum['target G'], 2) / 2",
+        "entropy": f"-{new} * log({new}) - (1 - {new}) * log(1 - {new})",
+        "loss": "0.5 * datum['value loss'] - datum.gain - 0.01 * datum.entropy",
+    }
+
+# %% ../nbs/52_demos.ipynb #d69ea6fe
+_STAGES = [
+    "The rollout has stored rewards and the values of the critic.",
+    "TD error: the reward, plus the discounted value that follows, minus the value.",
+    "Advantage, from the last step to the first: δ + γλ times the next advantage.",
+    "Target of the critic: advantage plus value.",
+    "Ratio of the new policy to the old one. Before an update all are 1.",
+    "Gain: the clipped surrogate.",
+    "Value loss: half the squared distance to the target.",
+    "Entropy of the new policy.",
+    "Loss: half the value loss, minus the gain, minus a hundredth of the entropy. "
+    "Its mean is what the optimiser lowers.",
+]
+
+# %% ../nbs/52_demos.ipynb #022648f6
+def ppo_demo() -> VConcatChart:
+    """The loop of PPO on five steps, from rewards to the loss, a stage at a time.
+
+    Raises: `ImportError` without Altair.
+    """
+    alt = _altair()
+    names = ("t", "r", "v", "logit", "toward", "action")
+    columns = zip(range(_LAST + 1), _REWARDS_OF_STEPS, _VALUES, _LOGITS, _MOVES,
+                  _ACTIONS)
+    known = list(_loop_columns())
+    steps = _rows([dict(zip(names, row)) for row in columns], **_loop_columns())
+    cells = steps.transform_fold(known, as_=["what", "height"]).transform_calculate(
+        at=f"indexof({known}, datum.what)", step="datum.t + 1")
+    present = alt.when("datum.at == stage")
+    x = alt.X("step:O", title=None, axis=alt.Axis(labelAngle=0, orient="top"))
+    table = cells.transform_filter("datum.at <= stage").mark_text(fontSize=12).encode(
+        x, alt.Y("what:N", sort=known, title=None, scale=alt.Scale(domain=known)),
+        text=alt.Text("height:Q", format=".2f"),
+        color=present.then(alt.value(_RED)).otherwise(alt.value("black")))
+    now = cells.transform_filter("datum.at == stage")
+    y = alt.Y("height:Q", title="now")
+    bars = now.mark_bar(color=_RED).encode(
+        alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0)), y)
+    mean = now.transform_aggregate(mean="mean(height)")
+    line = mean.mark_rule(strokeDash=[4, 4]).encode(y="mean:Q")
+    return _demo(
+        [table.properties(height=230), (bars + line).properties(height=100)],
+        [_slider("stage", "stage", 3, 1, len(_STAGES), 1),
+         _slider("gamma", "discount γ", 0.9, 0, 1), _slider("lam", "λ", 0.8, 0, 1),
+         _slider("move", "size of the update", 1, 0, 2, 0.1),
+         *_recursion(), *_numbers(clip_low="0.2", clip_high="0.2")],
+        f"{_STAGES}[stage - 1]",
+        "A table of five steps that grows row by row, from rewards to the loss, and "
+        "bars of its present row with their mean.")
+
+# %% ../nbs/52_demos.ipynb #3da05136
+_WORTH = [0, 1, 1.5]  # of the three actions; the third has the logit 0
+
+
+def _worth(x: str, y: str) -> str:
+    "Formula of the expected reward of the policy with these two logits."
+    top = f"{_WORTH[0]} * exp({x}) + {_WORTH[1]} * exp({y}) + {_WORTH[2]}"
+    return f"({top}) / (exp({x}) + exp({y}) + 1)"
+
+
+def _divergence(x: str, y: str) -> str:
+    "Formula of the divergence of the policy with these two logits from the old one."
+    return (f"p1 * (u - {x}) + p2 * (v - {y}) "
+            f"+ log(exp({x}) + exp({y}) + 1) - log(exp(u) + exp(v) + 1)")
+
+# %% ../nbs/52_demos.ipynb #2817ae56
+def _steps_of_region() -> list[Parameter]:
+    "Gradient g, Fisher matrix F and natural gradient n, and both steps to the edge."
+    numbers = {
+        "p1": "exp(u) / (exp(u) + exp(v) + 1)", "p2": "exp(v) / (exp(u) + exp(v) + 1)",
+        "g1": f"p1 * ({_WORTH[0]} - {_worth('u', 'v')})",
+        "g2": f"p2 * ({_WORTH[1]} - {_worth('u', 'v')})",
+        "F11": "p1 * (1 - p1)", "F22": "p2 * (1 - p2)", "F12": "-p1 * p2",
+        "det": "F11 * F22 - F12 * F12",
+        "n1": "(F22 * g1 - F12 * g2) / det", "n2": "(F11 * g2 - F12 * g1) / det",
+    }
+    for x in "gn":
+        square = f"F11 * {x}1 * {x}1 + 2 * F12 * {x}1 * {x}2 + F22 * {x}2 * {x}2"
+        numbers[f"{x}_length"] = f"sqrt(2 * radius / ({square}))"
+        numbers |= {f"{x}_u": f"u + {x}_length * {x}1",
+                    f"{x}_v": f"v + {x}_length * {x}2"}
+    return _numbers(**numbers)
+
+# %% ../nbs/52_demos.ipynb #85847519
+def _ellipse() -> Chart:
+    "Where the quadratic form of the divergence is `radius`, by Cholesky's factor of F."
+    turn = f"{2 * pi} * datum.share"
+    return _grid("share", 0, 1, 121, below="F12 / sqrt(F11)").transform_calculate(
+        down=f"sin({turn}) / sqrt(F22 - datum.below * datum.below)",
+    ).transform_calculate(
+        x=f"u + sqrt(2 * radius) * (cos({turn}) - datum.below * datum.down) / sqrt(F11)",
+        y="v + sqrt(2 * radius) * datum.down")
+
+# %% ../nbs/52_demos.ipynb #1b1eb140
+def trust_region_demo() -> VConcatChart:
+    """Gradient step and natural step {eq}`eq-tr-natural` of a policy of two logits.
+
+    Raises: `ImportError` without Altair.
+    """
+    alt = _altair()
+    wide, high, width = (-2, 5), (-2, 4), 0.2
+    columns, rows = ((b - a) / width for a, b in (wide, high))
+    across = alt.X("x:Q", title="first logit", scale=alt.Scale(domain=wide, nice=False))
+    up = alt.Y("y:Q", title="second logit", scale=alt.Scale(domain=high, nice=False))
+    cells = _grid("i", 0, columns * rows - 1, int(columns * rows),
+                  x=f"{wide[0]} + {width} * (datum.i % {columns})",
+                  y=f"{high[0]} + {width} * floor(datum.i / {columns})")
+    middle = f"(datum.x + {width / 2})", f"(datum.y + {width / 2})"
+    cells = cells.transform_calculate(
+        worth=_worth(*middle), divergence=_divergence(*middle),
+        x2=f"datum.x + {width}", y2=f"datum.y + {width}")
+    color = alt.Color("worth:Q", title="expected reward", legend=alt.Legend(orient="top"),
+                      scale=alt.Scale(scheme="viridis", domain=[0, 1.5]))
+    near = alt.when("datum.divergence <= radius")
+    ground = cells.mark_rect(strokeWidth=0).encode(
+        across, up, x2="x2:Q", y2="y2:Q", color=color,
+        opacity=near.then(alt.value(1)).otherwise(alt.value(0.25)))
+    edge = _ellipse().mark_line(color="black", clip=True).encode(
+        across, up, order="share:Q")
+    ends = [dict(kind=kind, letter=x) for kind, x in (("gradient", "g"), ("natural", "n"))]
+    steps = _rows(ends, x="u", y="v", x2="datum.letter == 'g' ? g_u : n_u",
+                  y2="datum.letter == 'g' ? g_v : n_v").encode(
+        across, up, x2="x2:Q", y2="y2:Q",
+        strokeDash=alt.condition("datum.letter == 'g'", alt.value([5, 3]),
+                                 alt.value([1, 0])))
+    ways = steps.mark_rule(strokeWidth=3, color=_RED, clip=True)
+    tips = steps.mark_text(fontSize=12, fontWeight="bold", dy=-9, clip=True).encode(
+        alt.X("x2:Q"), alt.Y("y2:Q"), text="kind:N")
+    said = [f"'{name}: gain ' + format({_worth(x + '_u', x + '_v')} - "
+            f"{_worth('u', 'v')}, '.4f') + ', divergence ' + "
+            f"format({_divergence(x + '_u', x + '_v')}, '.4f')"
+            for name, x in (("gradient step", "g"), ("natural step", "n"))]
+    return _demo(
+        [alt.layer(ground, edge, ways, tips).properties(height=300)],
+        [_slider("u", "first logit", 1.8, -1, 4, 0.05),
+         _slider("v", "second logit", 1.1, -1, 3, 0.05),
+         _slider("radius", "radius δ", 0.05, 0.001, 0.2, 0.001), *_steps_of_region()],
+        " + '\\n' + ".join(said),
+        "A map of the expected reward over two logits with the trust region of the old "
+        "policy, the steps along the gradient and along the natural gradient.")
