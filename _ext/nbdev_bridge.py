@@ -123,7 +123,7 @@ def bridge_notebook(text: str, inputs: str, chapters: dict[str, str] | None = No
             cell |= {"source": link_chapters("".join(cell["source"]), chapters)}
         if bridged := bridge_cell(cell):
             cells.append(bridged)
-    if "po_book.demos" in text or '"#| default_exp demos' in text:
+    if re.search(r"po_book\.(charts|demos|lm_demos) |default_exp charts", text):
         shown = {"cell_type": "code", "id": "show-demos", "metadata": {"tags": ["remove-cell"]}}
         cells.insert(1, shown | {"source": SHOW, "outputs": [], "execution_count": None})
     notebook["cells"] = cells
