@@ -126,6 +126,8 @@ def dapo_demo() -> VConcatChart:
          slider("max_len", "limit of tokens", 160, 80, 200, 1),
          slider("cache", "last that cost", 40, 1, 79, 1),
          slider("tokens", "tokens of answer", 140, 0, 200, 1)],
+        "'a token of 0.1: from ' + format(0.1 - 0.1 * clip_low, '.4f') + ' to ' + "
+        "format(0.1 + 0.1 * clip_high, '.4f') + '\\n' + "
         f"'dead groups ' + format({dead.format('success')}, '.3f') + ': for 100 that "
         f"teach, ' + (success * (1 - success) == 0 ? 'no number is enough' : "
         f"'draw about ' + format(100 / (1 - {dead.format('success')}), '.0f')) + "

@@ -84,6 +84,16 @@ def test_nothing_is_loaded_from_elsewhere(site, name):
         assert not urlsplit(url).netloc, url
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_vega_is_loaded_where_a_chart_computes_and_nowhere_else(site, name):
+    html = (site / f"{name}.html").read_text(encoding="utf-8")
+    charts = html.count('<div class="po-demo"')
+    assert ("demos/vega.js" in html) == (charts > 0)
+    assert charts or not name.startswith("52")
+    stills = re.findall(r'<noscript><img src="data:image/svg\+xml;base64,\S+" alt="[^"]{10,}"', html)
+    assert len(stills) == charts
+
+
 @pytest.mark.parametrize("name", [p for p in PAGES if p != "404"])
 def test_internal_links_lead_somewhere(site, name):
     path = site / f"{name}.html"
