@@ -167,12 +167,12 @@ def kl_demo() -> VConcatChart:
     x = alt.X("x:Q", title="p, probability of the first action")
 
     def panel(what: str, title: str, bounds: list[float]) -> LayerChart:
-        y = alt.Y("height:Q", title=title, scale=alt.Scale(domain=bounds))
+        y = alt.Y(f"{what}:Q", title=title, scale=alt.Scale(domain=bounds))
 
         def drawn(chart: Chart, at: str) -> Chart:
             columns = {kind: formulas[what](kind, at) for kind in _KL}
             chart = chart.transform_calculate(**columns)
-            return chart.transform_fold(list(_KL), as_=["kind", "height"]).encode(
+            return chart.transform_fold(list(_KL), as_=["kind", what]).encode(
                 x, y, color)
 
         curve = drawn(grid("x", 0.01, 0.99, 99), "datum.x").mark_line(clip=True)
