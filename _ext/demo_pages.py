@@ -7,7 +7,7 @@ Without JavaScript there is a still picture.
 """
 
 import json
-from base64 import b64encode
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 
@@ -23,11 +23,12 @@ import altair
 altair.renderers.register("book", lambda chart, **options: {{{MIME!r}: chart}})
 altair.renderers.enable("book")"""
 
-BUNDLE = "demos/vega.js"
+FOLDER = "demos"  # in _static
+BUNDLE = f"{FOLDER}/vega.js"
 HTML = """\
 <div class="po-demo" role="group" aria-label="{description}">
 <script type="application/json">{chart}</script>
-<noscript><img src="data:image/svg+xml;base64,{picture}" alt="{description}"></noscript>
+<noscript><img src="{picture}" alt="{description}"></noscript>
 <div class="po-demo-numbers"></div>
 <p class="po-demo-reading" role="status"></p>
 <div class="po-demo-chart"></div>
@@ -51,9 +52,12 @@ class Demos(render.MimeRenderPlugin):
 
 def visit_demo(self, node: demo) -> None:
     chart = node["chart"]
-    picture = b64encode(vl_convert.vegalite_to_svg(chart).encode()).decode()
     # A text that holds `</script>` would end the element.
     text = json.dumps(chart, ensure_ascii=False).replace("<", "\\u003c")
+    picture = f"_static/{FOLDER}/{sha256(text.encode()).hexdigest()[:16]}.svg"
+    path = Path(self.builder.outdir, picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(vl_convert.vegalite_to_svg(chart), encoding="utf-8")
     description = escape(chart["description"])
     self.body.append(HTML.format(chart=text, picture=picture, description=description))
     raise nodes.SkipNode

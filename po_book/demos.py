@@ -97,7 +97,8 @@ def clip_demo() -> VConcatChart:
     return movable(
         [top, panel("slope", "gradient"), _six_cases()],
         [*sliders, *derived(lit=lit)],
-        f"{_CASE_WORDS}[lit] + '\\nobjective ' + format({_clipped('ratio')}, '.3f')"
+        f"{_CASE_WORDS}[lit] + '\\nratio ' + format(ratio, '.2f') + "
+        f"', objective ' + format({_clipped('ratio')}, '.3f')"
         f" + ', gradient in log π ' + format({_clipped_slope('ratio')}, '.3f')",
         "The clipped surrogate and its gradient against the probability ratio, and "
         "the table of its six cases with the present one lit.")
