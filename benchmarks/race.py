@@ -20,11 +20,12 @@ from po_book.train import train
 
 
 class Finish(NamedTuple):
-    "What it took to reach the mean return that was asked."
+    "What a run took until it reached the mean return that was asked, or ended without."
 
     seconds: float  # of collecting and learning; evaluations are not counted
     transitions: int
     steps: int  # gradient steps
+    won: bool   # whether it got there
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,13 @@ def gradient_steps(iterations: int, epochs: int, rows: int, minibatch: int, natu
     return iterations * (epochs * ceil(rows / minibatch) + natural)
 
 
-def ours(race: Race, algorithm: str, config: Config, seed: int) -> Finish | None:
-    "None if the bar is not reached."
+def ours(race: Race, algorithm: str, config: Config, seed: int) -> Finish:
+    "Of this library."
     run = train(algorithm, race.env, seed=seed, config=config, progress=False)
-    if run.log[-1].get("mean_return", -float("inf")) < race.bar:
-        return None
     rows = config.n_envs * config.n_steps
     each = config.epochs, rows, config.minibatch, algorithm == "trpo"
-    return Finish(run.log[-1]["seconds"], run.steps, gradient_steps(len(run.log), *each))
+    won = run.log[-1].get("mean_return", -float("inf")) >= race.bar
+    return Finish(run.log[-1]["seconds"], run.steps, gradient_steps(len(run.log), *each), won)
 
 
 class Bar(BaseCallback):
@@ -64,7 +64,8 @@ class Bar(BaseCallback):
         super().__init__()
         self.race = race
         self.fresh = make_vec_env(race.env, n_envs=100, seed=1_000_000 + seed)
-        self.hit, self.next, self.paused, self.late = None, race.every, 0.0, False
+        self.next, self.paused, self.won, self.late = race.every, 0.0, False, False
+        self.seconds, self.transitions = 0.0, 0  # at the latest look
 
     def _on_training_start(self) -> None:
         self.start = perf_counter()
@@ -74,46 +75,45 @@ class Bar(BaseCallback):
         if self.num_timesteps < self.next:
             return
         self.next, pause = self.num_timesteps + self.race.every, perf_counter()
-        seconds = pause - self.start - self.paused
-        self.late = seconds > self.race.seconds
+        self.seconds, self.transitions = pause - self.start - self.paused, self.num_timesteps
+        self.late = self.seconds > self.race.seconds
         mean_return, _ = evaluate_policy(self.model, self.fresh, 100, deterministic=False, warn=False)
-        if mean_return >= self.race.bar:
-            self.hit = seconds, self.num_timesteps
+        self.won = mean_return >= self.race.bar
         self.paused += perf_counter() - pause
 
     def _on_step(self) -> bool:
-        return self.hit is None and not self.late
+        return not (self.won or self.late)
 
 
-def theirs(race: Race, make: Callable[[int], BaseAlgorithm], seed: int) -> Finish | None:
+def theirs(race: Race, make: Callable[[int], BaseAlgorithm], seed: int) -> Finish:
     "The same of the peer that `make` returns."
     bar, model = Bar(race, seed), make(seed)
     model.learn(race.budget, callback=bar)
-    if bar.hit is None:
-        return None
     natural = hasattr(model, "n_critic_updates")
     epochs = model.n_critic_updates if natural else model.n_epochs
     rows = model.n_envs * model.n_steps
-    steps = gradient_steps(bar.hit[1] // rows, epochs, rows, model.batch_size, natural)
-    return Finish(*bar.hit, steps)
+    steps = gradient_steps(bar.transitions // rows, epochs, rows, model.batch_size, natural)
+    return Finish(bar.seconds, bar.transitions, steps, bar.won)
 
 
-def line(name: str, runs: list[Finish], seeds: int, first: float, limit: float) -> list[str]:
+def line(name: str, runs: list[Finish], first: float) -> list[str]:
     "Medians of those that got there, the range of their seconds, and the ratio to `first`."
-    if not runs:  # in `limit` seconds
-        late = f"over {limit:g}", "", "", "", f"over {limit / first:.1f}"
-        return [name, f"0 of {seeds}", *late]
-    seconds, transitions, steps = zip(*runs)
+    won = [finish for finish in runs if finish.won]
+    if not won:  # until the first of them gave up
+        least = min(finish.seconds for finish in runs)
+        late = f"over {least:.0f}", "", "", "", f"over {least / first:.1f}"
+        return [name, f"0 of {len(runs)}", *late]
+    seconds, transitions, steps, _ = zip(*won)
     spread = f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
     each = median(1000 * s / n for s, n in zip(seconds, steps))
     numbers = f"{median(transitions):.0f}", f"{median(steps):.0f}", f"{each:.2f}"
-    return [name, f"{len(runs)} of {seeds}", spread, *numbers, f"{median(seconds) / first:.1f}"]
+    return [name, f"{len(won)} of {len(runs)}", spread, *numbers, f"{median(seconds) / first:.1f}"]
 
 
 def run(
     title: str,
     race: Race,
-    candidates: dict[str, Callable[[int], Finish | None]],  # of a seed; the first is ours
+    candidates: dict[str, Callable[[int], Finish]],  # of a seed; the first is ours
     seeds: int,
     name: str | None,  # of the record; None: print only
 ) -> None:
@@ -124,12 +124,11 @@ def run(
         for who, candidate in candidates.items():
             results[who].append(candidate(seed))
             print(who, seed, results[who][-1], flush=True)
-    solved = {who: [x for x in runs if x] for who, runs in results.items()}
-    first = median(x.seconds for x in next(iter(solved.values())))
+    first = median(x.seconds for x in next(iter(results.values())) if x.won)
     columns = [title, "seeds", f"seconds to {race.bar:g}", "transitions", "gradient steps",
                "ms a gradient step", "over po_book's"]
-    rows = [line(who, runs, seeds, first, race.seconds) for who, runs in solved.items()]
+    rows = [line(who, runs, first) for who, runs in results.items()]
     for row in columns, *rows:
-        print("{:30}{:>10}{:>24}{:>14}{:>16}{:>20}{:>16}".format(*row))
+        print("{:40}{:>10}{:>24}{:>14}{:>16}{:>20}{:>16}".format(*row))
     if name:
         record(name, columns, rows)

@@ -123,4 +123,4 @@ def main(name: str, processes: int, variant: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*asked(__doc__, RECORDS, most=3))
+    main(*asked(__doc__, RECORDS))

@@ -1,12 +1,13 @@
 """Training runs of the small language model, recorded for the chapters.
 
-Run: python benchmarks/record_lm.py NAME [processes]
+Run: python benchmarks/record_lm.py NAME [processes [VARIANT]]
 
 Writes results/NAME.csv, a row for every look at the held-out problems, and
 results/NAME.json, which says where, when and with what it was made. Every run starts
 from the same fine-tuned model, whose success is the row of step 0, and is what
 `po_book.train_lm.train_lm` logs; between two looks the other columns are means.
-`peak_mb` is the most memory that the process held beyond its start.
+`peak_mb` is the most memory that the process held beyond its start. With a variant, only
+that one is run, and the rows of the others stay.
 """
 
 from dataclasses import dataclass, replace
@@ -61,23 +62,24 @@ def preset(name: str, **choices) -> Objective:
     return replace(PRESETS[name], **choices)
 
 
-METHODS = tiny_config(steps=100, max_new_tokens=24, eval_every=10, eval_prompts=500)
-HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
+METHODS = tiny_config(
+    steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500, overlong_cache=0
+)
+SHORT = tiny_config(steps=40, max_new_tokens=24, eval_every=10, eval_prompts=500)
+HARD = replace(SHORT, steps=50, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
 SOFT = replace(FILTER, overlong_cache=4)
 HIGHER = replace(NAIVE, trust=Clip(0.2, 0.28))
 TOKEN = replace(HIGHER, aggregation=Aggregation("token"))
-PRICED = replace(METHODS, steps=40)
 RECORDS = {
-    "lm_methods": LMRecord(ADDITION, 8, {
+    "lm_methods": LMRecord(ADDITION, 3, {
         "PPO": Variant(preset("rlhf-ppo"), METHODS),
         "RLOO": Variant(preset("rloo", trust=Clip()), METHODS),
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
-        # Fewer steps, for as many samples: it draws groups again.
-        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=70)),
-    }),
+        "DAPO": Variant(preset("dapo", overlong=0.0), METHODS),
+    }, steps=420, lr=1e-3),
     "grpo_long": LMRecord(ADDITION, 3, {
         "GRPO": Variant(
             preset("grpo", kl=NoReference()), replace(METHODS, steps=700, eval_every=25)
@@ -94,11 +96,11 @@ RECORDS = {
         ),
     }),
     "rlhf_beta": LMRecord(ADDITION, 8, {
-        f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), PRICED)
+        f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), SHORT)
         for beta in (0.0, 0.1, 1.0)
     }),
     "rlhf_learnt": LMRecord(ADDITION, 8, {
-        f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), PRICED)
+        f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), SHORT)
         for beta in (0.0, 0.1, 1.0)
     }, compared=1000),
 }
@@ -176,13 +178,14 @@ def looks(name: str, folder: Path, variant: str, seed: int) -> list[dict]:
     return rows
 
 
-def main(name: str, processes: int) -> None:
+def main(name: str, processes: int, variant: str | None = None) -> None:
     torch.set_num_threads(1)
-    wanted = RECORDS[name]
+    wanted = RECORDS[name].only(variant) if variant else RECORDS[name]
     with TemporaryDirectory() as folder:
         start = teach(wanted, Path(folder))
         runs = wanted.runs(partial(looks, name, Path(folder)), processes)
-        wanted.write(name, [row for run in runs for row in run], start=start)
+        write = wanted.add if variant else wanted.write
+        write(name, [row for run in runs for row in run], start=start)
 
 
 if __name__ == "__main__":

@@ -53,15 +53,19 @@ class Record(Generic[Settings]):
         more = dict(seeds=f"seeds 0 to {self.seeds - 1}", settings=self.settings()) | more
         record(name, columns, table, folder, **more)
 
-    def add(self, name: str, rows: list[dict], folder: Path = ROOT / "results") -> None:
-        "Write `rows` too, and what was recorded of other variants."
+    def add(
+        self, name: str, rows: list[dict], folder: Path = ROOT / "results", **more: object
+    ) -> None:
+        "Write `rows` too, and what was recorded of other variants if there is a record."
+        if not (folder / f"{name}.csv").exists():
+            return self.write(name, rows, folder, **more)
         with open(folder / f"{name}.csv", newline="", encoding="utf-8") as file:
             others = [x for x in csv.DictReader(file) if x["variant"] not in self.variants]
         note = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         mine, now = " and ".join(self.variants), provenance()
         origin = {k: f"{note[k]} ({mine}: {x})" for k, x in now.items() if x != note[k]}
         settings = note["settings"] | self.settings()
-        self.write(name, others + rows, folder, **origin, settings=settings)
+        self.write(name, others + rows, folder, **more, **origin, settings=settings)
 
 
 def written(x: object) -> str | int:
@@ -69,10 +73,10 @@ def written(x: object) -> str | int:
     return x if isinstance(x, str | int) else f"{x:.4g}"
 
 
-def asked(doc: str, records: dict[str, Record], most: int = 2) -> tuple:
-    "Name, number of processes, variant, `most` of them; leaves if they are wrong."
+def asked(doc: str, records: dict[str, Record]) -> tuple:
+    "Name, number of processes and variant, as far as given; leaves if they are wrong."
     name, *rest = sys.argv[1:] or [""]
     known = name in records and records[name].variants.keys() >= set(rest[1:])
-    if len(rest) >= most or not known:
+    if len(rest) > 2 or not known:
         sys.exit(f"{doc}\nNAME is one of: {', '.join(records)}")
     return name, int(rest[0]) if rest else 1, *rest[1:]

@@ -3,12 +3,15 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter
 
+import po_book.learner
+import po_book.train
 import pytest
 import torch
 from conftest import ROOT
+from po_book.train import PPOConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -149,20 +152,24 @@ def test_one_variant_is_recorded_again_and_the_others_stay(tmp_path, monkeypatch
     whole = Record("some", 1, {"a": PPOConfig(), "b": PPOConfig(clip=0.1)})
     rows = [{"variant": name, "seed": 0, "mean_return": 1.5} for name in "ab"]
     whole.write("some", rows, tmp_path, device="another")
-    Record("some", 1, {"b": PPOConfig(clip=0.3)}).add("some", [rows[1] | {"mean_return": 2.5}], tmp_path)
+    again = Record("some", 1, {"b": PPOConfig(clip=0.3)})
+    again.add("some", [rows[1] | {"mean_return": 2.5}], tmp_path, start="b")
+    again.add("new", [rows[1]], tmp_path, start="first")
+    assert table(tmp_path / "new.csv")[1:] == [["b", "0", "1.5"]]
+    assert json.loads((tmp_path / "new.json").read_text(encoding="utf-8"))["start"] == "first"
     assert table(tmp_path / "some.csv")[1:] == [["a", "0", "1.5"], ["b", "0", "2.5"]]
     note = json.loads((tmp_path / "some.json").read_text(encoding="utf-8"))
     assert {name: x["clip"] for name, x in note["settings"].items()} == {"a": 0.2, "b": 0.3}
     assert note["device"].startswith("another (b: ") and note["seeds"] == "seeds 0 to 0"
-    assert "(b: " not in note["python"]
+    assert "(b: " not in note["python"] and note["start"] == "b"
     assert whole.only("b").variants == {"b": PPOConfig(clip=0.1)}
     for words, found in (["some"], ("some", 1)), (["some", "2", "b"], ("some", 2, "b")):
         monkeypatch.setattr(sys, "argv", ["record.py", *words])
-        assert asked("", {"some": whole}, most=3) == found
+        assert asked("", {"some": whole}) == found
     for words in [], ["other"], ["some", "1", "c"], ["some", "1", "b", "b"]:
         monkeypatch.setattr(sys, "argv", ["record.py", *words])
         with pytest.raises(SystemExit, match="NAME is one of: some"):
-            asked("", {"some": whole}, most=3)
+            asked("", {"some": whole})
 
 
 NAMED = {  # what a detail's name says, as settings
@@ -177,27 +184,206 @@ NAMED = {  # what a detail's name says, as settings
     "observations normalised": {"normalize_obs": True},
     "entropy bonus 0.01": {"entropy_coef": 0.01},
     "one environment": {"n_envs": 1, "n_steps": 1024},
+    "epochs end at 0.01 nats": {"target_kl": 0.01},
+    "rewards normalised": {"normalize_rewards": True},
 }
 
 
 def test_a_detail_of_ppo_changes_what_its_name_says_and_nothing_else():
     from record import RECORDS
 
-    variants = RECORDS["ppo_details"].variants
-    assert variants == {name: replace(variants["as it is"], **more) for name, more in NAMED.items()}
-    base = variants["as it is"]
+    variants = dict(RECORDS["ppo_details"].variants)
+    base, general = variants["as it is"], variants.pop("general defaults")
+    assert variants == {name: replace(base, **more) for name, more in NAMED.items()}
     for name, more in NAMED.items():
         assert all(getattr(base, key) != value for key, value in more.items()), name
+    assert general == PPOConfig(total_steps=base.total_steps, eval_every=base.eval_every)
+    pairs = zip(asdict(base).values(), asdict(general).values())
+    assert sum(one != other for one, other in pairs) == 7  # as the page says
+
+
+SWITCHED = {  # what the first variant has, and what the names of the others change
+    "dqn_cartpole": {
+        "replay and target network": {"memory": 50_000, "tau": 0.03},
+        "without target network": {"tau": 1.0},
+        "without replay": {"memory": 256, "learning_starts": 256},
+        "with neither": {"tau": 1.0, "memory": 256, "learning_starts": 256},
+    },
+    "ddpg_pendulum": {"noise 0.2": {"sigma": 0.2}, "noise 0.01": {"sigma": 0.01}},
+    "trpo_pendulum": {
+        "rollouts of 200 steps": {"n_steps": 200},
+        "rollouts of 128 steps": {"n_steps": 128},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_switch_changes_what_its_name_says_and_nothing_else(name):
+    from record import RECORDS
+
+    variants = RECORDS[name].variants
+    first = variants[next(iter(SWITCHED[name]))]
+    assert variants == {variant: replace(first, **more) for variant, more in SWITCHED[name].items()}
+    assert len(set(map(repr, variants.values()))) == len(variants)
+
+
+TEN = "ppo_details", "ppo_acrobot", "ppo_pendulum", "ppo_lunarlander", *SWITCHED
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_a_record_has_ten_seeds_of_what_the_code_would_run(name):
+    from record import RECORDS
+
+    note = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert note["settings"] == json.loads(json.dumps(RECORDS[name].settings()))
+    runs = {(variant, seed) for variant, seed, *_ in table(ROOT / "results" / f"{name}.csv")[1:]}
+    assert runs == {(variant, str(seed)) for variant in note["settings"] for seed in range(10)}
+
+
+def detail(name):
+    "The log of a short run of a detail, four rollouts."
+    from record import RECORDS
+
+    config = replace(RECORDS["ppo_details"].variants[name], total_steps=4096, eval_every=0)
+    return po_book.train.train("ppo", "CartPole-v1", config=config, progress=False).log
 
 
 def test_a_run_without_the_clip_clips_nothing():
-    from po_book.train import train
-    from record import RECORDS
-
     def fractions(name):
-        config = replace(RECORDS["ppo_details"].variants[name], total_steps=4096, eval_every=0)
-        log = train("ppo", "CartPole-v1", config=config, progress=False).log
-        return [row["clip_fraction"] for row in log]
+        return [row["clip_fraction"] for row in detail(name)]
 
     assert set(fractions("ratio not clipped")) == {0.0}
     assert max(fractions("as it is")) > 0.05
+
+
+def test_a_line_of_a_race_is_of_those_who_got_there():
+    from race import Finish, line
+
+    won = [Finish(2.0, 2000, 40, True), Finish(6.0, 4000, 60, True), Finish(3.0, 3000, 50, True)]
+    lost = [Finish(9.0, 9000, 90, False), Finish(8.0, 9000, 90, False)]
+    row = ["a", "3 of 5", "3.00 (2.00 to 6.00)", "3000", "50", "60.00", "1.5"]
+    assert line("a", won + lost, 2.0) == row
+    assert line("b", lost, 2.0) == ["b", "0 of 2", "over 8", "", "", "", "over 4.0"]
+
+
+def test_the_peer_on_lunarlander_has_our_settings():
+    from lunarlander_cpu import OURS, alike
+
+    from po_book.algorithm import new_learner
+
+    peer, mine = alike(0), new_learner("LunarLander-v3", 0, OURS).policy
+    same = dict(n_envs=OURS.n_envs, n_steps=OURS.n_steps, batch_size=OURS.minibatch,
+                n_epochs=OURS.epochs, gamma=OURS.gamma, gae_lambda=OURS.lam,
+                max_grad_norm=OURS.max_grad_norm, ent_coef=OURS.entropy_coef, target_kl=None,
+                normalize_advantage=OURS.normalize_advantages, clip_range_vf=OURS.clip_value)
+    assert {name: getattr(peer, name) for name in same} == same
+    assert OURS.anneal and OURS.clip_high is None and not OURS.normalize_obs
+    assert peer.lr_schedule(0.5) == OURS.lr / 2 and peer.clip_range(0.5) == OURS.clip / 2
+    adam = peer.policy.optimizer.param_groups[0]
+    assert (adam["eps"], adam["betas"]) == (1e-5, (0.9, 0.999))
+    sizes = [sorted(p.numel() for p in who.parameters()) for who in (peer.policy, mine)]
+    assert sizes[0] == sizes[1]
+
+
+def small_race(**changes):
+    from lm_end_to_end import Race
+
+    from po_book.lm_learner import tiny_config
+
+    small = dict(steps=4, prompts=4, group_size=4, max_new_tokens=12, warmup=2)
+    return Race(tiny_config(**small | changes), (0.0, 2.0), every=2, problems=8, taught=1)
+
+
+def test_both_trainers_of_a_race_run_and_their_lines_are_tabled(tmp_path, capsys):
+    from lm_end_to_end import compete, ratios, table, teach
+
+    race = small_race()
+    assert 0 <= teach(race, tmp_path) < 0.5
+    runs = compete(race, 2, tmp_path)
+    words = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    order = [word for word in words if word[0] in runs]
+    assert order == [["po_book", "0"], ["TRL", "0"], ["TRL", "1"], ["po_book", "1"]]
+    columns, rows = table(race, runs)
+    rows = [dict(zip(columns, row)) for row in rows]
+    assert [(row["trainer"], row["seed"]) for row in rows] == [
+        ("po_book", 0), ("po_book", 1), ("TRL", 0), ("TRL", 1)]
+    for row in rows:  # a look every second batch of 16; nobody reaches 2
+        assert (row["batches"], row["samples to 0"], row["samples to 2"]) == (4, 32, "")
+    over = ratios(race, runs)
+    assert over["samples to 0"] == "1.00 (1.00 to 1.00), seeds: 2"
+    assert over["seconds to 2"] == "no seed"
+
+
+def test_a_run_of_a_race_ends_at_its_last_line(tmp_path):
+    from lm_end_to_end import TRAINERS, Run, teach
+
+    from po_book.pretrained import load_lm
+
+    race = replace(small_race(), lines=(0.0,))
+    teach(race, tmp_path)
+    for trainer in TRAINERS.values():
+        run = Run(race, *load_lm(tmp_path), 0)
+        trainer(run)
+        assert run.batches == 2 and run.reached[0.0][0] == 32
+
+
+def test_trl_does_the_same_arithmetic_in_a_race(tmp_path, monkeypatch):
+    "From the samples of `train_lm` it makes the same weights: two passes, two minibatches."
+    import lm_end_to_end
+    from trl import GRPOTrainer
+
+    import po_book.train_lm
+    from po_book.pretrained import load_lm
+
+    drawn, sample = [], po_book.train_lm.sample
+
+    def kept(*args, **how):
+        drawn.append(sample(*args, **how))
+        return drawn[-1]
+
+    def same(trainer, prompts, *more):
+        samples = drawn.pop(0)
+        asked = samples.attention_mask & ~samples.mask
+        assert prompts == [row[real].tolist() for row, real in zip(samples.ids, asked)]
+        return [row[own].tolist() for row, own in zip(samples.ids, samples.mask)], None
+
+    race = small_race(steps=3, lr=1e-3)
+    lm_end_to_end.teach(race, tmp_path)
+    monkeypatch.setattr(po_book.train_lm, "sample", kept)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", same)
+    monkeypatch.setattr(torch, "randperm", lambda n, **where: torch.arange(n))  # nothing is mixed
+    # Any answer may earn something, so that every batch has a gradient.
+    monkeypatch.setattr(lm_end_to_end, "REWARD", lambda prompts, completions, **more: [
+        sum(map(ord, text)) % 7 / 7 for text in completions])
+    start, mine, theirs = (load_lm(tmp_path)[0] for _ in range(3))
+    tokenizer = load_lm(tmp_path)[1]
+    for trainer, model in (lm_end_to_end.ours, mine), (lm_end_to_end.trl, theirs):
+        trainer(lm_end_to_end.Run(race, model, tokenizer, 0))
+    assert not drawn
+    for a, b, c in zip(start.parameters(), mine.parameters(), theirs.parameters()):
+        assert (b - a).abs().mean() > 5e-4
+        assert (c - b).norm() < 0.02 * (b - a).norm()
+
+
+def test_a_run_whose_epochs_end_early_takes_fewer(monkeypatch):
+    made, epochs = po_book.learner.minibatches, []
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *x: epochs.append(1) or made(*x))
+    taken = {}
+    for name in "as it is", "epochs end at 0.01 nats":
+        epochs.clear()
+        rollouts = len(detail(name))
+        taken[name] = len(epochs) / rollouts
+    assert taken["as it is"] == 6 > taken["epochs end at 0.01 nats"] >= 1
+
+
+@pytest.mark.parametrize("name", ["as it is", "rewards normalised", "general defaults"])
+def test_a_run_with_normalised_rewards_learns_from_other_numbers(name, monkeypatch):
+    made, seen = po_book.train.critic_batch, []
+    monkeypatch.setattr(
+        po_book.train, "critic_batch", lambda *x: seen.append(x[1].rewards[x[1].valid]) or made(*x)
+    )
+    detail(name)
+    ones = [bool((rewards == 1).all()) for rewards in seen]
+    assert len(seen) >= 4 and all(ones) == (name == "as it is")
+    if name != "as it is":
+        assert max(rewards.max() for rewards in seen[1:]) < 0.5  # returns deviate by more than 2

@@ -69,7 +69,7 @@ def holds(*sides):
 holds(1, 1)
 ---
 %%markdown
-{numref}`fig-line` shows it.
+{numref}`fig-line` shows it. It is **.5**<!-- = min(last("some", "a"), last("b", "c")) --> high.
 ---
 #| label: fig-line
 #| fig-cap: The line $y=x$,
@@ -161,6 +161,12 @@ def test_a_picture_becomes_a_figure(shown):
     assert "Fig. 1" in caption and "The line \\(y=x\\), on white." in caption
     assert not holding(article, "badge").find_parent("figure")
     assert article.find("a", href="#fig-line").text == "Fig. 1"
+
+
+def test_what_a_number_is_quoted_from_does_not_show(shown):
+    paragraph = holding(shown[0], "shows it.")
+    assert paragraph.text == "Fig. 1 shows it. It is .5 high."
+    assert paragraph.find("strong").text == ".5"
 
 
 def test_a_cell_that_was_not_run_says_so(shown):
