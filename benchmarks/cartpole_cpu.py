@@ -29,7 +29,9 @@ OURS = {
         "po_book": replace(CARTPOLE["ppo"], **RACE.scored()),
         "po_book, the peer's settings": replace(
             CARTPOLE["ppo"], total_steps=RACE.budget, n_envs=8, n_steps=32, minibatch=256,
-            epochs=20, lr=1e-3, gamma=0.98, lam=0.8, **RACE.scored(),
+            epochs=20, lr=1e-3, gamma=0.98, lam=0.8,
+            value_coef=1.0,  # its value loss is the square, ours is half of it
+            **RACE.scored(),
         ),
         "po_book, CleanRL's settings": replace(
             CARTPOLE["ppo"], total_steps=500_000, n_envs=4, n_steps=128, minibatch=128,

@@ -23,15 +23,16 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
+from lm_start import fine_tuned
 from provenance import peak_mb, record
 from trl import __version__ as trl_version
 
 from po_book.credit import Group
-from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.language_model import tiny_lm
 from po_book.lm_learner import tiny_config
 from po_book.objective import Objective
 from po_book.pretrained import load_lm
-from po_book.tasks import ChainAddition, sft
+from po_book.tasks import ChainAddition
 from po_book.terms import Aggregation, InLoss, NoReference
 from po_book.tokens import Clip
 from po_book.train_lm import train_lm
@@ -115,11 +116,9 @@ def quiet(threads: int) -> None:
 
 def save_models(folder: Path) -> dict[str, Path]:
     "A fine-tuned model, and one whose end token is no output of it."
-    task, tokenizer = ChainAddition(3, 5), char_tokenizer()
-    tuned, endless = tiny_lm(tokenizer), tiny_lm(tokenizer)
-    prompts = task.prompts(5000)
-    solutions = [task.solution(prompt) for prompt in prompts]
-    sft(tuned, tokenizer, prompts, solutions, 150, generator=torch.Generator().manual_seed(0))
+    order = torch.Generator().manual_seed(0)
+    tuned, tokenizer = fine_tuned(ChainAddition(3, 5), 150, 1e-3, order, problems=5000)
+    endless = tiny_lm(tokenizer)
     tuned.save_pretrained(folder / "tuned")
     tokenizer.save_pretrained(folder / "tuned")
     tokenizer.add_special_tokens({"eos_token": "<end>"})

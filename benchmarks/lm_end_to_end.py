@@ -24,17 +24,17 @@ from time import perf_counter
 import torch
 from datasets import Dataset
 from grpo_step import QUIET, quiet
+from lm_start import fine_tuned
 from provenance import record
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl import __version__ as trl_version
 
-from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import LMConfig, tiny_config
-from po_book.pretrained import load_lm
+from po_book.pretrained import load_lm, save_lm
 from po_book.rewards import verifier
-from po_book.tasks import ChainAddition, sft, success_rate
+from po_book.tasks import ChainAddition, success_rate
 from po_book.train_lm import train_lm
 
 TASK, OBJECTIVE = ChainAddition(3, 5), "dr-grpo"
@@ -157,12 +157,9 @@ TRAINERS: dict[str, Callable[[Run], None]] = {"po_book": ours, "TRL": trl}
 
 def teach(race: Race, folder: Path) -> float:
     "Save the model that every run starts from; its success on held-out problems."
-    tokenizer, prompts = char_tokenizer(), TASK.prompts(20_000)
-    model, draws = tiny_lm(tokenizer), torch.Generator().manual_seed(0)
-    solutions = [TASK.solution(prompt) for prompt in prompts]
-    sft(model, tokenizer, prompts, solutions, race.taught, lr=race.rate, generator=draws)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    draws = torch.Generator().manual_seed(0)
+    model, tokenizer = fine_tuned(TASK, race.taught, race.rate, draws)
+    save_lm(folder, model, tokenizer)
     asked = TASK, TASK.prompts(race.problems, held_out=True), race.config.max_new_tokens
     return success_rate(model, tokenizer, *asked, draws)
 

@@ -16,18 +16,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from lm_start import fine_tuned
 from provenance import peak_mb
 from recording import Record, asked
 
 from po_book.credit import Group, Informative
-from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_learner import LMConfig, tiny_config
 from po_book.objective import PRESETS, Objective
 from po_book.pretrained import load_lm, save_lm
 from po_book.reward_models import RewardModel, fit_reward_model, pair_accuracy
 from po_book.rollout import spawn_seed
 from po_book.sampling import sample
-from po_book.tasks import ChainAddition, pass_at_k, sft, verdicts
+from po_book.tasks import ChainAddition, pass_at_k, verdicts
 from po_book.terms import Aggregation, InReward, NoReference
 from po_book.tokens import Clip
 from po_book.train_lm import train_lm
@@ -66,10 +66,10 @@ METHODS = tiny_config(
     steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500, overlong_cache=0
 )
 SHORT = tiny_config(steps=40, max_new_tokens=24, eval_every=10, eval_prompts=500)
-HARD = replace(SHORT, steps=50, eval_samples=4, eval_prompts=200)
+HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
-SOFT = replace(FILTER, overlong_cache=4)
+SOFT = replace(HARD, overlong_cache=4)
 HIGHER = replace(NAIVE, trust=Clip(0.2, 0.28))
 TOKEN = replace(HIGHER, aggregation=Aggregation("token"))
 RECORDS = {
@@ -85,7 +85,7 @@ RECORDS = {
             preset("grpo", kl=NoReference()), replace(METHODS, steps=700, eval_every=25)
         ),
     }, threads=2),
-    "lm_ablation": LMRecord(ChainAddition(3, 7), 8, {
+    "lm_ablation": LMRecord(ChainAddition(3, 7), 3, {
         "naive GRPO": Variant(NAIVE, HARD),
         "+ overlong filtering": Variant(NAIVE, FILTER),
         "+ clip-higher": Variant(HIGHER, FILTER),
@@ -94,7 +94,7 @@ RECORDS = {
         "+ dynamic sampling": Variant(
             replace(TOKEN, selection=Informative()), SOFT
         ),
-    }),
+    }, steps=420, lr=1e-3),
     "rlhf_beta": LMRecord(ADDITION, 8, {
         f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), SHORT)
         for beta in (0.0, 0.1, 1.0)
@@ -109,10 +109,8 @@ LATEST = {"step", "seconds"}
 
 def teach(wanted: LMRecord, folder: Path) -> str:
     "Save the model that every run starts from, and a reward model; how good they are."
-    tokenizer, prompts = char_tokenizer(), wanted.taught.prompts(20_000)
-    model, order = tiny_lm(tokenizer), torch.Generator().manual_seed(0)
-    solutions = [wanted.taught.solution(prompt) for prompt in prompts]
-    sft(model, tokenizer, prompts, solutions, wanted.steps, lr=wanted.lr, generator=order)
+    order = torch.Generator().manual_seed(0)
+    model, tokenizer = fine_tuned(wanted.taught, wanted.steps, wanted.lr, order)
     save_lm(folder, model, tokenizer)
     if not wanted.compared:
         return wanted.start

@@ -25,14 +25,15 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from lm_start import fine_tuned
 from provenance import peak_mb, record
 from transformers import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from po_book.language_model import char_tokenizer, tiny_lm
+from po_book.language_model import tiny_lm
 from po_book.pretrained import load_lm
 from po_book.sampling import sample
-from po_book.tasks import ChainAddition, sft
+from po_book.tasks import ChainAddition
 
 PROMPTS, GROUP, NEW = 8, 8, 16
 
@@ -115,10 +116,8 @@ def measure(ways: dict[str, Callable], turns: int = 40) -> dict[str, list[float]
 def models() -> dict[str, tuple]:
     "A fine-tuned model, whose completions end; a random one, whose do not."
     torch.manual_seed(0)
-    tokenizer, task = char_tokenizer(), ChainAddition()
-    tuned, problems = tiny_lm(tokenizer), task.prompts(20_000)
     order = torch.Generator().manual_seed(0)
-    sft(tuned, tokenizer, problems, list(map(task.solution, problems)), 260, generator=order)
+    tuned, tokenizer = fine_tuned(ChainAddition(), 260, 1e-3, order)
     return {"fine-tuned": (tuned, tokenizer, True),
             "random, no end": (tiny_lm(tokenizer), tokenizer, False)}
 

@@ -112,7 +112,7 @@ def _call(reward: Reward, given: Mapping[str, Any], data: Mapping[str, Any]) -> 
             error.add_note(_blame(reward, given, data, type(error)))
         raise
 
-
+# %% ../nbs/43_rewards.ipynb #9515a475
 def _row(data: Mapping[str, Any], i: int) -> str:
     prompt, completion = data["prompts"][i], data["completions"][i]
     return f"row {i} (prompt {prompt!r}, completion {completion!r})"
@@ -138,7 +138,7 @@ def _blame(
             continue
     return f"reward function {_name(reward)} failed on the batch, on no row alone"
 
-
+# %% ../nbs/43_rewards.ipynb #e8265412
 def _ignore(name: str, value: Any) -> None: ...
 
 # %% ../nbs/43_rewards.ipynb #5c1519ee

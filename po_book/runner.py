@@ -176,11 +176,11 @@ def _restore(run: Run, learner: Learner, state: dict) -> None:
 
 # %% ../nbs/34_runner.ipynb #e4d70ba3
 def _save(run: Run, learner: Learner, out: Path) -> None:
-    "Write the checkpoint, and the log as a table."
+    "Write the log as a table, and the checkpoint."
     state = {"log": run.log, "learner": learner.group.pack(_capture(learner))}
     if learner.group.first:
+        write_table(out / "log.csv", run.log)  # first: whoever resumes writes it again
         save_checkpoint(out / "checkpoint.pt", state)
-        write_table(out / "log.csv", run.log)
 
 # %% ../nbs/34_runner.ipynb #3b78eb86
 @contextmanager

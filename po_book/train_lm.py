@@ -305,8 +305,8 @@ def _loop(
         stopped = any(gather_object([says is False]))
         done, going = len(run.log), len(run.log) < config.steps and not stopped
         if out is not None and (not going or done % config.checkpoint_every == 0):
-            save_learner(learner, run.log, out, bool(run.objective.kl.reset_every))
             for_all(learner.accelerator, lambda: write_table(out / "log.csv", run.log))
+            save_learner(learner, run.log, out, bool(run.objective.kl.reset_every))
     if out is not None:
         what = out / "model", learner.policy, learner.tokenizer
         for_all(learner.accelerator, lambda: save_lm(*what))

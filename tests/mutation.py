@@ -535,7 +535,7 @@ FAULTS = [
     Fault("step-sampler", "lm_step.py", "    if objective.sampler:\n        columns", "    if False:\n        columns", "test_lm_batch.py"),
     Fault("step-entropy", "lm_step.py", "entropy(next_logits(model, states, vocabulary) / temperature)", "entropy(next_logits(model, states, vocabulary))", "test_lm_batch.py"),
     Fault("step-undecided", "lm_step.py", "undecided = bool(objective.entropy_coef)", "undecided = False", "test_lm_batch.py"),
-    Fault("told-all", "lm_batch.py", "facts |= _told(seen)", "facts |= _told(seen[:0])", "test_lm_batch.py"),
+    Fault("told-all", "lm_batch.py", "**_told(seen)}", "**_told(seen[:0])}", "test_lm_batch.py"),
     Fault("batch-dead", "lm_batch.py", '"dead": dead, "oversample"', '"dead": 0.0, "oversample"', "test_lm_answers.py"),
     Fault("run-dead", "train_lm.py", 'run.log[-1].get("dead_groups", 0.0) if run.log', "0.0 if run.log", "test_train_lm.py"),
     Fault("reset-adapters", "lm_learner.py", "fixed = reference is model and every", "fixed = False", "test_lm_learner.py"),
@@ -552,7 +552,8 @@ FAULTS = [
     Fault("choice-targets", "credit.py", "targets = advantages + values * mask", "targets = advantages + values", "test_objective.py"),
     Fault("preset-discount", "objective.py", '"a2c": Objective(Critic(0.99)', '"a2c": Objective(Critic(1.0)', "test_objective.py"),
     Fault("preset-beta", "terms.py", "beta: float = 0.04  # weight of a nat", "beta: float = 0.05  # weight of a nat", "test_objective.py"),
-    Fault("facts-entropy", "lm_batch.py", '"entropy": -(samples.logps.sum() / tokens)', '"entropy": -(samples.logps.mean())', "test_lm_batch.py"),
+    Fault("facts-entropy", "lm_batch.py", '"entropy": _entropy([self])', '"entropy": -samples.logps.mean().item()', "test_lm_answers.py"),
+    Fault("drawn-entropy", "lm_batch.py", '"drawn_entropy": _entropy(seen)', '"drawn_entropy": _entropy(seen[:1])', "test_lm_answers.py"),
     Fault("facts-length", "lm_batch.py", '"length": samples.mask.sum(1).double().mean()', '"length": samples.attention_mask.sum(1).double().mean()', "test_lm_batch.py"),
     Fault("facts-truncated", "lm_batch.py", '"truncated": 1 - samples.finished', '"truncated": samples.finished', "test_lm_batch.py"),
     Fault("facts-reward", "lm_batch.py", '"reward": self.rewards.mean()', '"reward": self.verdicts.mean()', "test_lm_batch.py"),
@@ -923,6 +924,19 @@ FAULTS = [
     Fault("server-failed", "servers.py", "said.get(\"success\") is False", "said.get(\"success\") is None", "test_servers.py -k cannot_load"),
     Fault("server-prefix", "servers.py", "        (\"reset_prefix_cache\", {}),\n", "", "test_servers.py -k gets_the_weights"),
     Fault("server-together", "servers.py", "ThreadPoolExecutor(self.at_once)", "ThreadPoolExecutor(1)", "test_servers.py -k together"),
+    # What a few runs say
+    Fault("student-power", "intervals.py", "wanted = level * _cosine_area(dof - 1, high)", "wanted = level * _cosine_area(dof, high)", "test_intervals.py"),
+    Fault("student-odd", "intervals.py", "for j in range(2 + odd, k + 1, 2):", "for j in range(2, k + 1, 2):", "test_intervals.py"),
+    Fault("interval-paired", "intervals.py", "(x - y).std(ddof=1) / sqrt(n)", "sqrt(x.var(ddof=1) + y.var(ddof=1)) / sqrt(n)", "test_intervals.py"),
+    Fault("interval-dof", "intervals.py", "student_t(1 - (1 - level) / comparisons, n - 1)", "student_t(1 - (1 - level) / comparisons, n)", "test_intervals.py"),
+    Fault("interval-together", "intervals.py", "student_t(1 - (1 - level) / comparisons, n - 1)", "student_t(level, n - 1)", "test_intervals.py"),
+    Fault("interval-infinite", "intervals.py", "require(np.isfinite([x, y]).all(),", "require(np.isfinite(x - y).any(),", "test_intervals.py"),
+    Fault("median-miss", "intervals.py", "sum(comb(n, j) for j in range(k))", "sum(comb(n, j) for j in range(k - 1))", "test_intervals.py"),
+    Fault("median-widest", "intervals.py", "k = kept[-1]", "k = kept[0]", "test_intervals.py"),
+    Fault("median-reached", "intervals.py", "reached = 1 - comparisons * _miss(k, n)", "reached = level", "test_intervals.py"),
+    Fault("deal-edge", "intervals.py", "off >= seen]", "off > seen]", "test_intervals.py"),
+    Fault("improvement-ties", "intervals.py", "0.5 * (both[:, None] == both)", "(both[:, None] == both)", "test_intervals.py"),
+    Fault("improvement-together", "intervals.py", "min(1.0, comparisons * _deal_p(ranks, n))", "min(1.0, _deal_p(ranks, n))", "test_intervals.py"),
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from conftest import ROOT
+from po_book.intervals import interval, probability_of_improvement
 
 GRADES = "mean_return", "success"
 WORDS = {
@@ -78,20 +79,15 @@ def reached(record, variant, line, column=None, at="steps"):
     return np.array([[*x, never][0] for x, never in hits])
 
 
+def below(record, variant, line, column=None):
+    "For each seed, share of scores under the line, from the first that is not, or of all."
+    found = curves(record, variant, column)
+    return np.array([(x[np.argmax(x >= line) :] < line).mean() for x in found])
+
+
 def seeds(record, variant):
     "How many."
     return len(curves(record, variant, None))
-
-
-def later(ours, others):
-    "Share of pairs, one of each, in which ours is the larger; a tie counts half."
-    ours = np.array(ours)[:, None]
-    return ((ours > others) + 0.5 * (ours == others)).mean()
-
-
-def half(x, t):
-    "Half the width of an interval of `t` standard errors."
-    return t * np.std(x, ddof=1) / len(x) ** 0.5
 
 
 def cell(record, column, *row, n=0):
@@ -123,10 +119,11 @@ OF_RECORDS = {
     "lowest": each(np.min),
     "whole": each(np.mean),  # mean of the curve
     "fall": each(lambda x: max(a - b for a, b in pairwise(x))),  # largest to the next
-} | {f.__name__: f for f in (scores, reached, seeds, variants, cell, setting)}
+} | {f.__name__: f for f in (scores, reached, below, seeds, variants, cell, setting)}
 VOCABULARY = (
     OF_RECORDS
-    | {f.__name__: f for f in (later, half, min, max, abs, sum, len)}
+    | {f.__name__: f for f in (interval, probability_of_improvement)}
+    | {f.__name__: f for f in (min, max, abs, sum, len)}
     | {"mean": np.mean, "median": np.median, "round": np.round, "log": np.log, "exp": np.exp}
     | {"count": np.count_nonzero}  # in how many seeds it is so
 )

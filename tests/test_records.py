@@ -1,20 +1,30 @@
-"Each recorded variant is what its name says, as the first iterations of a run show it."
+"Each recorded variant is what its name says, as its settings or its first iterations show."
 
 import re
 import sys
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
+from types import SimpleNamespace
 
+import po_book.learner
+import po_book.train
 import pytest
 import torch
 
 from conftest import ROOT
 from po_book import multi_agent
 from po_book.algorithm import new_learner
-from po_book.train import ALGORITHMS, default_config
+from po_book.lm_learner import tiny_config
+from po_book.objective import PRESETS
+from po_book.pretrained import load_lm
+from po_book.reward_models import RewardModel
+from po_book.tasks import ChainAddition
+from po_book.terms import InReward, NoReference
+from po_book.train import ALGORITHMS, PPOConfig, default_config
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import record_lm
 from record import RECORDS
 
 
@@ -164,3 +174,138 @@ def test_the_records_of_presets_are_of_the_presets():
         assert config == replace(default_config(name.lower(), "CartPole-v1"), **asked)
     budgets = {x.total_steps for x in RECORDS["cartpole_methods"].variants.values()}
     assert budgets == {100_000}
+
+
+NAMED = {  # what a detail's name says, as settings
+    "as it is": {},
+    "rate and clip range constant": {"anneal": False},
+    "advantages not normalised": {"normalize_advantages": False},
+    "gradient not bounded": {"max_grad_norm": 1e9},
+    "ratio not clipped": {"clip": None},
+    "one epoch": {"epochs": 1},
+    "lambda 0": {"lam": 0.0},
+    "lambda 1": {"lam": 1.0},
+    "observations normalised": {"normalize_obs": True},
+    "entropy bonus 0.01": {"entropy_coef": 0.01},
+    "one environment": {"n_envs": 1, "n_steps": 1024},
+    "epochs end at 0.01 nats": {"target_kl": 0.01},
+    "rewards normalised": {"normalize_rewards": True},
+}
+
+
+def test_a_detail_of_ppo_changes_what_its_name_says_and_nothing_else():
+    variants = dict(RECORDS["ppo_details"].variants)
+    base, general = variants["as it is"], variants.pop("general defaults")
+    assert variants == {name: replace(base, **more) for name, more in NAMED.items()}
+    for name, more in NAMED.items():
+        assert all(getattr(base, key) != value for key, value in more.items()), name
+    assert general == PPOConfig(total_steps=base.total_steps, eval_every=base.eval_every)
+    pairs = zip(asdict(base).values(), asdict(general).values())
+    assert sum(one != other for one, other in pairs) == 7  # as the page says
+
+
+def detail(name):
+    "The log of a short run of a detail, four rollouts."
+    config = replace(RECORDS["ppo_details"].variants[name], total_steps=4096, eval_every=0)
+    return po_book.train.train("ppo", "CartPole-v1", config=config, progress=False).log
+
+
+def test_a_run_without_the_clip_clips_nothing():
+    def fractions(name):
+        return [row["clip_fraction"] for row in detail(name)]
+
+    assert set(fractions("ratio not clipped")) == {0.0}
+    assert max(fractions("as it is")) > 0.05
+
+
+def test_a_run_whose_epochs_end_early_takes_fewer(monkeypatch):
+    made, epochs = po_book.learner.minibatches, []
+    monkeypatch.setattr(po_book.learner, "minibatches", lambda *x: epochs.append(1) or made(*x))
+    taken = {}
+    for name in "as it is", "epochs end at 0.01 nats":
+        epochs.clear()
+        rollouts = len(detail(name))
+        taken[name] = len(epochs) / rollouts
+    assert taken["as it is"] == 6 > taken["epochs end at 0.01 nats"] >= 1
+
+
+@pytest.mark.parametrize("name", ["as it is", "rewards normalised", "general defaults"])
+def test_a_run_with_normalised_rewards_learns_from_other_numbers(name, monkeypatch):
+    made, seen = po_book.train.critic_batch, []
+    monkeypatch.setattr(
+        po_book.train, "critic_batch", lambda *x: seen.append(x[1].rewards[x[1].valid]) or made(*x)
+    )
+    detail(name)
+    ones = [bool((rewards == 1).all()) for rewards in seen]
+    assert len(seen) >= 4 and all(ones) == (name == "as it is")
+    if name != "as it is":
+        assert max(rewards.max() for rewards in seen[1:]) < 0.5  # returns deviate by more than 2
+
+
+LM = record_lm.RECORDS
+PRESET = {"PPO": "rlhf-ppo", "RLOO": "rloo", "GRPO": "grpo", "Dr. GRPO": "dr-grpo", "DAPO": "dapo"}
+UNLIKE = {"RLOO": {"trust"}, "DAPO": {"overlong"}}  # as the page says
+
+
+@pytest.mark.parametrize("name", LM["lm_methods"].variants)
+def test_a_method_is_the_preset_of_its_name(name):
+    variant, preset = LM["lm_methods"].variants[name], PRESETS[PRESET[name]]
+    assert variant.config == LM["lm_methods"].variants["PPO"].config
+    unlike = {key for key, x in vars(preset).items() if getattr(variant.objective, key) != x}
+    assert unlike == UNLIKE.get(name, set())
+
+
+def test_the_long_run_is_grpo_without_a_divergence():
+    (variant,) = LM["grpo_long"].variants.values()
+    assert variant.objective == replace(PRESETS["grpo"], kl=NoReference())
+
+
+@pytest.mark.parametrize("record", ["rlhf_beta", "rlhf_learnt"])
+def test_a_price_is_that_of_its_name_and_nothing_else_differs(record):
+    config = LM["rlhf_beta"].variants["β = 1.0"].config
+    for name, variant in LM[record].variants.items():
+        price = InReward(float(name.removeprefix("β = ")))
+        assert variant.objective == replace(PRESETS["rlhf-ppo"], kl=price)
+        assert variant.config == config
+    assert bool(LM[record].compared) == (record == "rlhf_learnt")
+
+
+def test_a_learnt_reward_pays_and_the_rule_looks_on(tmp_path, monkeypatch):
+    task = ChainAddition(2, 2)
+    config = tiny_config(steps=2, prompts=4, group_size=4, max_new_tokens=4, eval_every=1,
+                         eval_prompts=8, warmup=0, minibatches=1)
+    variants = {"PPO": record_lm.Variant(PRESETS["rlhf-ppo"], config)}
+    small = record_lm.LMRecord(task, 1, variants, taught=task, steps=1, compared=4)
+    monkeypatch.setitem(LM, "small", small)
+    pairs = ["1+2=", "3+4="], ["3", "7"], ["4", "9"]
+    monkeypatch.setattr(record_lm, "compared", lambda *asked: pairs)
+    fit = record_lm.fit_reward_model
+    monkeypatch.setattr(
+        record_lm, "fit_reward_model", lambda *asked, **how: fit(*asked, **how | {"steps": 3})
+    )
+    assert "2 pairs for the reward model, accuracy" in record_lm.teach(small, tmp_path)
+    asked, fitted = [], RewardModel.reward
+
+    def reward(judge, prompts, completions, *more, **columns):
+        asked.append(fitted(judge, prompts, completions, *more, **columns))
+        return asked[-1]
+
+    monkeypatch.setattr(RewardModel, "reward", reward)
+    start, *rows = record_lm.looks("small", tmp_path, "PPO", 0)
+    assert start.keys() == {"variant", "seed", "steps", "success"} and start["steps"] == 0
+    assert [row["reward"] for row in rows] == pytest.approx([sum(x) / 16 for x in asked])
+    assert all(0 <= row["success"] <= 1 for row in rows) and asked[0] != asked[1]
+    judge = RewardModel(*load_lm(tmp_path))
+    judge.load_state_dict(torch.load(tmp_path / "judge.pt", weights_only=True))
+    scores = torch.tensor([fitted(judge, pairs[0], answers) for answers in pairs[1:]])
+    assert scores.std().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_pairs_for_a_reward_model_are_a_right_answer_and_a_wrong_one(monkeypatch):
+    texts = [*["3"] * 3, *["5"] * 5, *["7"] * 8, "8", *["9", "0"] * 3, "8"]
+    drawn = SimpleNamespace(texts=lambda tokenizer: texts)
+    monkeypatch.setattr(record_lm, "sample", lambda *asked, **how: drawn)
+    asked = ChainAddition(2, 2), ["1+2=", "3+4=", "4+4="], None
+    prompts, right, wrong = record_lm.compared(None, None, *asked)
+    assert prompts == ["1+2="] * 3 + ["4+4="] * 2
+    assert right == ["3"] * 3 + ["8"] * 2 and wrong == ["5"] * 3 + ["9", "0"]

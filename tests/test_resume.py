@@ -16,6 +16,7 @@ import torch
 from test_runner import Trunk, TrunkConfig
 from test_train import SMALL, Bandit
 
+from po_book import runner, runs
 from po_book.algorithm import Config
 from po_book.batch import RewardScale
 from po_book.checkpoint import load_checkpoint, restore
@@ -269,6 +270,18 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     config = PPOConfig(total_steps=12_000, n_envs=4, n_steps=32, minibatch=64, epochs=2, checkpoint_every=256)
     same(resume(out, progress=False), train("ppo", "CartPole-v1", seed=5, config=config, progress=False))
     assert np.all(np.diff([row["steps"] for row in load_run(out).log]) > 0)
+
+
+def test_no_checkpoint_is_without_its_log(tmp_path, monkeypatch):
+    "Whoever is killed between the two has the rows of both."
+    seen = []
+
+    def save(path, state):
+        seen.append((len(runs.read_log(path.parent)), len(state["log"])))
+
+    monkeypatch.setattr(runner, "save_checkpoint", save)
+    train("ppo", "CartPole-v1", config=CONFIGS["ppo"], out=tmp_path, progress=False)
+    assert len(seen) > 1 and all(rows == kept for rows, kept in seen)
 
 
 def test_a_run_with_its_own_policy_is_resumed_with_it(tmp_path):

@@ -30,6 +30,7 @@ from po_book.lm_step import gradient_step
 from po_book.objective import PRESETS
 from po_book.pretrained import load_lm, save_lm
 from po_book.runner import Diverged
+from po_book.runs import read_log
 from po_book.tasks import ChainAddition, Countdown, is_held_out
 from po_book.terms import InLoss
 from po_book.train_lm import train_lm
@@ -604,6 +605,18 @@ def test_a_disk_that_takes_no_more_is_said_and_the_last_checkpoint_stays(size, t
     assert left == {"checkpoint-00000002", "log.csv", "run.json"}
     again = run("dr-grpo", config, out=tmp_path / "r", resume=True)
     assert torch.equal(weights(again.model), weights(whole.model))
+
+
+def test_no_checkpoint_is_without_its_log(tmp_path, monkeypatch):
+    "Whoever is killed between the two has the rows of both."
+    seen = []
+
+    def save(learner, log, out, *_):
+        seen.append((len(read_log(out)), len(log)))
+
+    monkeypatch.setattr(module, "save_learner", save)
+    run("dr-grpo", replace(SMALL, steps=4, checkpoint_every=2), out=tmp_path)
+    assert seen == [(2, 2), (4, 4)]
 
 
 def test_a_disk_that_is_full_at_the_start_leaves_nothing_behind(tmp_path):
