@@ -20,6 +20,9 @@ const draw = async node => {
   new ResizeObserver(fit).observe(chart);
   node.dataset.ready = "";
 };
-const drawAll = () => document.querySelectorAll(".po-demo").forEach(draw);
+// One after another, so that the first is ready first.
+const drawAll = async () => {
+  for (const node of document.querySelectorAll(".po-demo")) await draw(node);
+};
 if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", drawAll);
 else drawAll();

@@ -5,6 +5,7 @@
 # %% ../nbs/52_charts.ipynb #74bdb12e
 from __future__ import annotations
 
+from string import Formatter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from altair import Chart, LayerChart, Parameter, VConcatChart
 
 # %% auto #0
-__all__ = ['BLUE', 'RED', 'GREEN', 'GRAY', 'load_altair', 'slider', 'derived', 'rows', 'grid', 'movable']
+__all__ = ['BLUE', 'RED', 'GREEN', 'GRAY', 'load_altair', 'slider', 'derived', 'rows', 'grid', 'dot', 'say', 'movable']
 
 # %% ../nbs/52_charts.ipynb #1cefaccb
 def load_altair() -> ModuleType:
@@ -82,8 +83,31 @@ def grid(
     chart = alt.Chart(alt.sequence(0, count, as_="i")).transform_calculate(**place)
     return chart.transform_calculate(**formulas)
 
-# %% ../nbs/52_charts.ipynb #1237115c
+# %% ../nbs/52_charts.ipynb #36dbec2b
 BLUE, RED, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#777777"
+
+# %% ../nbs/52_charts.ipynb #36099c51
+def dot(
+    chart: Chart,       # its rows are the places
+    **channels: Any,    # that say where, as Altair's `encode` takes them
+) -> Chart:
+    "The present place on a curve; red, unless a channel gives it a colour."
+    mark = chart.mark_point(filled=True, size=100, opacity=1, color=RED, clip=True)
+    return mark.encode(**channels)
+
+# %% ../nbs/52_charts.ipynb #1237115c
+def say(
+    words: str,  # with numbers in braces: "slope {slope:.2f}"
+) -> str:
+    "Formula of a text with numbers in it."
+    parts = []
+    for text, number, how, _ in Formatter().parse(words):
+        parts.append(repr(text))
+        if number:
+            parts.append(f"format({number}, {how!r})")
+    return " + ".join(parts)
+
+# %% ../nbs/52_charts.ipynb #59318f15
 _WIDTH = 520  # pixels; a page takes less where its screen is narrow
 
 # %% ../nbs/52_charts.ipynb #ae794a87

@@ -9,11 +9,11 @@ from math import pi
 from typing import TYPE_CHECKING
 
 from po_book.charts import (
-    BLUE, GRAY, GREEN, RED, derived, grid, load_altair, movable, rows, slider
+    BLUE, GRAY, GREEN, RED, derived, dot, grid, load_altair, movable, rows, say, slider
 )
 
 if TYPE_CHECKING:
-    from altair import Chart, LayerChart, Parameter, VConcatChart
+    from altair import X, Y, Chart, LayerChart, Parameter, VConcatChart
 
 # %% auto #0
 __all__ = ['clip_demo', 'gae_demo', 'ppo_demo', 'trust_region_demo']
@@ -25,81 +25,74 @@ def _clipped(rho: str, advantage: str = "advantage") -> str:
     return f"min({rho} * {advantage}, {clipped} * {advantage})"
 
 # %% ../nbs/52a_demos.ipynb #f09c234a
-def _clipped_slope(rho: str, advantage: str = "advantage") -> str:
-    "Formula of its slope in the log-probability: 0 where the clip decides."
-    kept = f"({advantage} > 0 ? {rho} <= 1 + clip_high : {rho} >= 1 - clip_low)"
-    return f"{kept} * {rho} * {advantage}"
+def _clip_columns(rho: str) -> dict[str, str]:
+    "Formulas of what a ratio earns: with the clip, its slope, and without."
+    kept = f"(advantage > 0 ? {rho} <= 1 + clip_high : {rho} >= 1 - clip_low)"
+    unclipped = f"{rho} * advantage"
+    return {"objective": _clipped(rho), "slope": f"{kept} * {unclipped}",
+            "unclipped": unclipped}
+
+# %% ../nbs/52a_demos.ipynb #0f59f5ee
+def _clip_panel(column: str, title: str) -> LayerChart:
+    "One of these columns against the ratio, beside what it is without a clip."
+    alt = load_altair()
+    x = alt.X("rho:Q").title("ratio ρ").scale(domain=[0, 2.2])
+    y = alt.Y(f"{column}:Q").title(title).scale(domain=[-3, 3])
+    curve = grid("rho", 0.01, 2.2, 220, **_clip_columns("datum.rho"))
+    here = rows([{}], rho="ratio", low="1 - clip_low", high="1 + clip_high",
+                **_clip_columns("ratio"))
+    band = here.mark_rect(color=GRAY, opacity=0.15).encode(x="low:Q", x2="high:Q")
+    dashed = curve.mark_line(clip=True, color=GRAY, strokeDash=[4, 4], strokeWidth=1)
+    line = curve.mark_line(clip=True, color=BLUE)
+    layers = band, dashed.encode(x, alt.Y("unclipped:Q")), line.encode(x, y)
+    return alt.layer(*layers, dot(here, x=x, y=y)).properties(height=120)
 
 # %% ../nbs/52a_demos.ipynb #1bb35d18
-_CASES = [
-    ("below the band", "Â > 0", "bring it back"), ("below the band", "Â < 0", "stop"),
+_CASES = [  # the first has the number 1
     ("in the band", "Â > 0", "learn"), ("in the band", "Â < 0", "learn"),
+    ("below the band", "Â > 0", "bring it back"), ("below the band", "Â < 0", "stop"),
     ("above the band", "Â > 0", "stop"), ("above the band", "Â < 0", "undo it"),
 ]
-_CASE_NUMBERS = [3, 4, 1, 2, 5, 6]  # of chapter 22
-_CASE_WORDS = [
-    "Advantage 0: there is nothing to learn.",
-    "Case 1: a good action, ratio in the band: learn.",
-    "Case 2: a bad action, ratio in the band: learn.",
-    "Case 3: a good action was lost: bring it back.",
-    "Case 4: a bad action is rare enough: stop.",
-    "Case 5: a good action is frequent enough: stop.",
-    "Case 6: a bad action has spread: undo it.",
+_CASE_WORDS = ["Â = 0: there is nothing to learn."] + [
+    f"Case {i}: ratio {where}, {sign}: {what}."
+    for i, (where, sign, what) in enumerate(_CASES, 1)
 ]
-
-
-def _six_cases() -> LayerChart:
-    "The table of the six cases; `lit` is the present one."
-    alt = load_altair()
-    table = [dict(where=where, sign=sign, case=case, text=f"{case}: {what}")
-             for (where, sign, what), case in zip(_CASES, _CASE_NUMBERS)]
-    order = ["below the band", "in the band", "above the band"]
-    x = alt.X("where:N", sort=order, title=None, axis=alt.Axis(labelAngle=0))
-    y = alt.Y("sign:N", sort=["Â > 0", "Â < 0"], title=None)
-    cells = rows(table).encode(x, y)
-    present = alt.when("datum.case == lit")
-    boxes = cells.mark_rect(stroke="white", strokeWidth=3).encode(
-        color=present.then(alt.value(RED)).otherwise(alt.value("#e8e8e8")))
-    ink = present.then(alt.value("white")).otherwise(alt.value("#333"))
-    words = cells.mark_text(fontSize=12).encode(text="text:N", color=ink)
-    return (boxes + words).properties(height=64)
+_CASE = ("advantage == 0 ? 0 : (advantage < 0) + "
+         "(ratio < 1 - clip_low ? 3 : ratio > 1 + clip_high ? 5 : 1)")
 
 # %% ../nbs/52a_demos.ipynb #4d96e0cb
+def _six_cases() -> LayerChart:
+    "The table of the six cases; `lit` is the number of the present one."
+    alt = load_altair()
+    cells = rows([dict(where=where, sign=sign, case=i, text=f"{i}: {what}")
+                  for i, (where, sign, what) in enumerate(_CASES, 1)])
+    order = ["below the band", "in the band", "above the band"]
+    cells = cells.encode(alt.X("where:N").sort(order).title(None).axis(labelAngle=0),
+                         alt.Y("sign:N").sort(["Â > 0", "Â < 0"]).title(None))
+    lit = alt.when("datum.case == lit")
+    boxes = cells.mark_rect(stroke="white", strokeWidth=3).encode(
+        color=lit.then(alt.value(RED)).otherwise(alt.value("#e8e8e8")))
+    words = cells.mark_text(fontSize=12).encode(
+        text="text:N", color=lit.then(alt.value("white")).otherwise(alt.value("#333")))
+    return (boxes + words).properties(height=64)
+
+# %% ../nbs/52a_demos.ipynb #441ab43f
 def clip_demo() -> VConcatChart:
     """Clipped surrogate {eq}`eq-ppo-clip` of one sample, its gradient, the six cases.
 
     Raises: `ImportError` without Altair.
     """
-    alt = load_altair()
-    curve = grid("rho", 0.01, 2.2, 220, unclipped="datum.rho * advantage",
-                  objective=_clipped("datum.rho"), slope=_clipped_slope("datum.rho"))
-    here = rows([{}], rho="ratio", objective=_clipped("ratio"),
-                 slope=_clipped_slope("ratio"), low="1 - clip_low",
-                 high="1 + clip_high")
-    band = here.mark_rect(color=GRAY, opacity=0.15).encode(x="low:Q", x2="high:Q")
-    x = alt.X("rho:Q", title="ratio ρ", scale=alt.Scale(domain=[0, 2.2]))
-
-    def panel(column: str, title: str) -> LayerChart:
-        y = alt.Y(f"{column}:Q", title=title, scale=alt.Scale(domain=[-3, 3]))
-        line = curve.mark_line(clip=True, color=BLUE).encode(x, y)
-        point = here.mark_point(filled=True, size=110, color=RED, opacity=1)
-        return alt.layer(band, line, point.encode(x, y)).properties(height=120)
-
-    dashed = curve.mark_line(clip=True, color=GRAY, strokeDash=[4, 4], strokeWidth=1)
-    top = alt.layer(dashed.encode(x, alt.Y("unclipped:Q")),
-                    panel("objective", "objective"))
-    sliders = [slider("ratio", "ratio ρ", 1.4, 0.01, 2.2),
-               slider("advantage", "advantage Â", 1, -2, 2, 0.1),
-               slider("clip_low", "ε low", 0.2, 0, 0.9),
-               slider("clip_high", "ε high", 0.2, 0, 1)]
-    lit = ("advantage == 0 ? 0 : (advantage < 0) + "
-           "(ratio < 1 - clip_low ? 3 : ratio > 1 + clip_high ? 5 : 1)")
     return movable(
-        [top, panel("slope", "gradient"), _six_cases()],
-        [*sliders, *derived(lit=lit)],
-        f"{_CASE_WORDS}[lit] + '\\nratio ' + format(ratio, '.2f') + "
-        f"', objective ' + format({_clipped('ratio')}, '.3f')"
-        f" + ', gradient in log π ' + format({_clipped_slope('ratio')}, '.3f')",
+        [_clip_panel("objective", "objective"), _clip_panel("slope", "gradient"),
+         _six_cases()],
+        [slider("ratio", "ratio ρ", 1.4, 0.01, 2.2),
+         slider("advantage", "advantage Â", 1, -2, 2, 0.1),
+         slider("clip_low", "ε low", 0.2, 0, 0.9),
+         slider("clip_high", "ε high", 0.2, 0, 1),
+         *derived(lit=_CASE, **_clip_columns("ratio"))],
+        f"{_CASE_WORDS}[lit] + " + say(
+            "\nratio {ratio:.2f}, objective {objective:.3f}, gradient in log π "
+            "{slope:.3f}"),
         "The clipped surrogate and its gradient against the probability ratio, and "
         "the table of its six cases with the present one lit.")
 
@@ -107,150 +100,167 @@ def clip_demo() -> VConcatChart:
 _STEPS = 20  # from here to the end of the episode
 
 
-def _gae_bias(lam: str) -> str:
-    "Formula of the bias {eq}`eq-demos-gae`; 0 where the fraction is 0/0."
+def _gae_errors(lam: str) -> dict[str, str]:
+    "Formulas of bias, deviation {eq}`eq-demos-gae` and the size of both together."
     kappa = f"(gamma * {lam})"
     series = f"(1 - pow({kappa}, {_STEPS - 1})) / (1 - {kappa})"
-    return f"{kappa} == 1 ? 0 : gamma * (1 - {lam}) * error * {series}"
+    squares = f"(1 - pow({kappa}, {2 * _STEPS})) / (1 - {kappa} * {kappa})"
+    # Where the fractions are 0/0, the first has the factor 0.
+    bias = f"({kappa} == 1 ? 0 : gamma * (1 - {lam}) * error * {series})"
+    deviation = f"noise * sqrt({kappa} == 1 ? {_STEPS} : {squares})"
+    size = f"sqrt(pow({bias}, 2) + pow({deviation}, 2))"
+    return {"bias": bias, "deviation": deviation, "size": size}
 
 # %% ../nbs/52a_demos.ipynb #5c810c77
-def _gae_deviation(lam: str) -> str:
-    "Formula of the deviation, the root of the variance {eq}`eq-demos-gae`."
-    kappa = f"(gamma * {lam})"
-    squares = f"(1 - pow({kappa}, {2 * _STEPS})) / (1 - {kappa} * {kappa})"
-    return f"noise * sqrt({kappa} == 1 ? {_STEPS} : {squares})"
+def _gae_weights() -> Chart:
+    "Weights of TD errors, and of n-step advantages, as rows."
+    last = _STEPS - 1
+    return rows([{"l": l, "n": l + 1} for l in range(_STEPS)],
+                error_weight="pow(gamma * lam, datum.l)",
+                step_weight=f"(datum.l < {last} ? 1 - lam : 1) * pow(lam, datum.l)")
+
+
+def _weight_bars(x: str, column: str, title: str, color: str) -> Chart:
+    "One of the two kinds of weights."
+    alt = load_altair()
+    x = alt.X(f"{x}:O").title(title).axis(labelAngle=0)
+    y = alt.Y(f"{column}:Q").title("weight").scale(domain=[0, 1])
+    return _gae_weights().mark_bar(color=color).encode(x, y).properties(height=80)
 
 # %% ../nbs/52a_demos.ipynb #0233285a
+def _error_curves() -> LayerChart:
+    "Bias, deviation and their size against λ."
+    alt = load_altair()
+    parts = list(_gae_errors("lam"))
+    color = alt.Color("part:N").title(None).sort(parts).legend(orient="top")
+    color = color.scale(range=[RED, BLUE, GREEN])
+    y = alt.Y("height:Q").title("of the estimate")
+
+    def folded(chart: Chart) -> Chart:
+        return chart.transform_fold(parts, as_=["part", "height"]).encode(
+            alt.X("x:Q").title("λ"), y, color)
+
+    curves = folded(grid("x", 0, 1, 101, **_gae_errors("datum.x"))).mark_line()
+    here = folded(rows([{}], x="lam", **_gae_errors("lam")))
+    return alt.layer(curves, dot(here)).properties(height=130)
+
+# %% ../nbs/52a_demos.ipynb #97e56de0
 def gae_demo() -> VConcatChart:
     """Weights of {eq}`eq-gae`, and bias and deviation {eq}`eq-demos-gae`.
 
     Raises: `ImportError` without Altair.
     """
-    alt = load_altair()
-    rest = f"pow(lam, {_STEPS - 1})"
-    weights = rows(
-        [{"l": l} for l in range(_STEPS)], error_weight="pow(gamma * lam, datum.l)",
-        step_weight=f"datum.l < {_STEPS - 1} ? (1 - lam) * pow(lam, datum.l) : {rest}",
-        n="datum.l + 1")
-
-    def bars(x: str, column: str, title: str, color: str) -> Chart:
-        y = alt.Y(f"{column}:Q", title="weight", scale=alt.Scale(domain=[0, 1]))
-        x = alt.X(f"{x}:O", title=title, axis=alt.Axis(labelAngle=0))
-        return weights.mark_bar(color=color).encode(x, y).properties(height=80)
-
-    parts = {"bias": _gae_bias, "deviation": _gae_deviation}
-    curve = grid("x", 0, 1, 101, **{k: f("datum.x") for k, f in parts.items()})
-    here = rows([{}], x="lam", **{k: f("lam") for k, f in parts.items()})
-    size = {"size": "sqrt(datum.bias * datum.bias + datum.deviation * datum.deviation)"}
-    color = alt.Color("part:N", title=None, sort=[*parts, "size"],
-                      scale=alt.Scale(range=[RED, BLUE, GREEN]),
-                      legend=alt.Legend(orient="top"))
-
-    def parted(chart: Chart) -> Chart:
-        chart = chart.transform_calculate(**size)
-        return chart.transform_fold([*parts, "size"], as_=["part", "height"]).encode(
-            alt.X("x:Q", title="λ"), alt.Y("height:Q", title="of the estimate"), color)
-
-    point = parted(here).mark_point(filled=True, size=90, opacity=1)
-    errors = alt.layer(parted(curve).mark_line(), point).properties(height=130)
+    horizon = say(": a horizon of about {horizon:.1f} steps")
     return movable(
-        [bars("l", "error_weight", "TD error, steps from now", BLUE),
-         bars("n", "step_weight", "n-step advantage", GREEN), errors],
+        [_weight_bars("l", "error_weight", "TD error, steps from now", BLUE),
+         _weight_bars("n", "step_weight", "n-step advantage", GREEN), _error_curves()],
         [slider("gamma", "discount γ", 0.95, 0, 1), slider("lam", "λ", 0.8, 0, 1),
          slider("error", "critic's error b", 1, -2, 2, 0.1),
-         slider("noise", "noise of rewards σ", 0.5, 0, 2, 0.1)],
-        f"'bias ' + format({_gae_bias('lam')}, '.3f') + ', deviation ' + "
-        f"format({_gae_deviation('lam')}, '.3f') + '\\nγλ = ' + "
-        "format(gamma * lam, '.3f') + (gamma * lam < 1 ? ': a horizon of about ' + "
-        "format(1 / (1 - gamma * lam), '.1f') + ' steps' : ': all steps count alike')",
+         slider("noise", "noise of rewards σ", 0.5, 0, 2, 0.1),
+         *derived(product="gamma * lam", horizon="1 / (1 - product)",
+                  **_gae_errors("lam"))],
+        say("bias {bias:.3f}, deviation {deviation:.3f}, size {size:.3f}"
+            "\nγλ = {product:.3f}")
+        + f" + (product < 1 ? {horizon} : ': all steps count alike')",
         "Bars of the weights of TD errors and of n-step advantages; bias, standard "
         "deviation and the size of both together against lambda.")
 
 # %% ../nbs/52a_demos.ipynb #47bee2fc
-_REWARDS_OF_STEPS = [0, 0, 1, 0, 2]
-_VALUES = [1.5, 1.0, 2.0, 0.5, 1.5]
-_LOGITS = [0.4, -0.2, 1.0, 0.0, -0.6]  # of the first action, under the old policy
-_MOVES = [0.5, -0.8, 0.6, 0.9, -0.4]   # of the logits, after updates of size 1
-_ACTIONS = [1, 1, 0, 1, 0]             # 1: the first
-_LAST = len(_VALUES) - 1
+_EPISODE = [
+    # reward, value, logit of the action taken, and how an update of size 1 moves it
+    (0, 1.5, 0.4, 0.5),
+    (0, 1.0, -0.2, -0.8),
+    (1, 2.0, -1.0, -0.6),
+    (0, 0.5, 0.0, 0.9),
+    (2, 1.5, 0.6, 0.4),
+]
+_ALL = range(len(_EPISODE))
 
 
-def _recursion() -> list[Parameter]:
-    "TD errors and advantages of the five steps, each from the one after it."
-    following = [*map(str, _VALUES[1:]), "0"]  # nothing follows a termination
-    numbers = {f"d{t}": f"{r} + gamma * {after} - {v}" for t, (r, v, after) in
-               enumerate(zip(_REWARDS_OF_STEPS, _VALUES, following))}
-    numbers[f"a{_LAST}"] = f"d{_LAST}"
-    for t in reversed(range(_LAST)):
-        numbers[f"a{t}"] = f"d{t} + gamma * lam * a{t + 1}"
-    return derived(**numbers)
+def _each(formula: str) -> str:
+    "Formula of a list with a number for each step; braces stand for the step."
+    return f"[{', '.join(formula.format(t) for t in _ALL)}]"
 
 # %% ../nbs/52a_demos.ipynb #59d47308
-def _loop_columns() -> dict[str, str]:
-    "Formulas of what the loop knows of a step, in the order in which it learns it."
-    new, old = (f"(1 / (1 + exp(-{x})))" for x in
-                ("(datum.logit + move * datum.toward)", "datum.logit"))
-    taken = "(datum.action == 1 ? {0} : 1 - {0})"
-    each = [range(_LAST + 1)] * 2
-    delta, advantage = (f"[{', '.join(f'{name}{t}' for t in steps)}][datum.t]"
-                        for name, steps in zip("da", each))
-    return {
-        "reward r": "datum.r", "value V": "datum.v", "TD error δ": delta,
-        "advantage Â": advantage, "target G": "datum['advantage Â'] + datum.v",
-        "ratio ρ": f"{taken.format(new)} / {taken.format(old)}",
-        "gain": _clipped("datum['ratio ρ']", "datum['advantage Â']"),
-        "value loss": "pow(datum.v - datum['target G'], 2) / 2",
-        "entropy": f"-{new} * log({new}) - (1 - {new}) * log(1 - {new})",
-        "loss": "0.5 * datum['value loss'] - datum.gain - 0.01 * datum.entropy",
-    }
-
-# %% ../nbs/52a_demos.ipynb #d69ea6fe
-_STAGES = [
-    "The rollout has stored rewards and the values of the critic.",
-    "TD error: the reward, plus the discounted value that follows, minus the value.",
-    "Advantage, from the last step to the first: δ + γλ times the next advantage.",
-    "Target of the critic: advantage plus value.",
-    "Ratio of the new policy to the old one. Before an update all are 1.",
-    "Gain: the clipped surrogate.",
-    "Value loss: half the squared distance to the target.",
-    "Entropy of the new policy.",
-    "Loss: half the value loss, minus the gain, minus a hundredth of the entropy. "
-    "Its mean is what the optimiser lowers.",
+_LOOP = [
+    ("reward", "reward r", "r[{0}]", "What the rollout has stored: rewards."),
+    ("value", "value V", "v[{0}]",
+     "What the rollout has stored: values of the critic."),
+    ("delta", "TD error δ", "r[{0}] + gamma * v[{0} + 1] - v[{0}]",
+     "TD error: the reward, plus the discounted value that follows, minus the value."),
+    ("advantage", "advantage Â", "a{0}",
+     "Advantage, from the last step to the first: δ + γλ times the next advantage."),
+    ("target", "target G", "a{0} + v[{0}]",
+     "Target of the critic: advantage plus value."),
+    ("ratio", "ratio ρ", "after[{0}] / before[{0}]",
+     "Ratio of the new policy to the old one. Before an update all are 1."),
+    ("gain", "gain", _clipped("ratio[{0}]", "a{0}"), "Gain: the clipped surrogate."),
+    ("value_loss", "value loss", "pow(a{0}, 2) / 2",
+     "Value loss: half the squared distance from value to target."),
+    ("entropy", "entropy", "-after[{0}] * log(after[{0}]) - "
+     "(1 - after[{0}]) * log(1 - after[{0}])", "Entropy of the new policy."),
+    ("loss", "loss", "0.5 * value_loss[{0}] - gain[{0}] - 0.01 * entropy[{0}]",
+     "Loss: half the value loss, minus the gain, minus a hundredth of the entropy. "
+     "Its mean is what the optimiser lowers."),
 ]
 
+# %% ../nbs/52a_demos.ipynb #d69ea6fe
+def _loop_numbers() -> list[Parameter]:
+    "All that the loop computes, a list each; `shown` is that of the present stage."
+    rewards, values, logits, moves = (list(column) for column in zip(*_EPISODE))
+    sums = {f"a{t}": f"delta[{t}] + gamma * lam * a{t + 1}" for t in reversed(_ALL)}
+    logit = f"({logits}[{{0}}] + {{1}} * {moves}[{{0}}])"
+    before, after = (_each(f"1 / (1 + exp(-{logit.format('{0}', by)}))")
+                     for by in ("0", "move"))
+    columns = {name: _each(formula) for name, _, formula, _ in _LOOP}
+    return derived(
+        clip_low="0.2", clip_high="0.2", r=f"{rewards}", v=f"{[*values, 0]}",
+        a5="0", **sums, before=before, after=after, **columns,
+        table=f"[{', '.join(columns)}]", shown="table[stage]",
+        mean=f"({' + '.join(f'shown[{t}]' for t in _ALL)}) / {len(_ALL)}")
+
 # %% ../nbs/52a_demos.ipynb #022648f6
+def _loop_table() -> Chart:
+    "The lists of all stages so far, the present one in red."
+    alt = load_altair()
+    labels = [label for _, label, _, _ in _LOOP]
+    cells = rows([{"at": at, "t": t, "step": t + 1, "what": label}
+                  for at, label in enumerate(labels) for t in _ALL],
+                 height="table[datum.at][datum.t]")
+    present = alt.when("datum.at == stage")
+    cells = cells.transform_filter("datum.at <= stage").mark_text(fontSize=12)
+    return cells.encode(
+        alt.X("step:O").title(None).axis(labelAngle=0, orient="top"),
+        alt.Y("what:N").sort(labels).title(None).scale(domain=labels),
+        text=alt.Text("height:Q").format(".2f"),
+        color=present.then(alt.value(RED)).otherwise(alt.value("black")),
+    ).properties(height=230)
+
+# %% ../nbs/52a_demos.ipynb #ab1c7d99
+def _loop_bars() -> LayerChart:
+    "The list of the present stage, and its mean."
+    alt = load_altair()
+    bars = rows([{"t": t, "step": t + 1} for t in _ALL], height="shown[datum.t]")
+    bars = bars.mark_bar(color=RED).encode(
+        alt.X("step:O").title("step").axis(labelAngle=0),
+        alt.Y("height:Q").title("now"))
+    line = rows([{}], height="mean").mark_rule(strokeDash=[4, 4]).encode(y="height:Q")
+    return (bars + line).properties(height=100)
+
+# %% ../nbs/52a_demos.ipynb #6dfd8d4b
 def ppo_demo() -> VConcatChart:
     """The loop of PPO on five steps, from rewards to the loss, a stage at a time.
 
     Raises: `ImportError` without Altair.
     """
-    alt = load_altair()
-    names = ("t", "r", "v", "logit", "toward", "action")
-    columns = zip(range(_LAST + 1), _REWARDS_OF_STEPS, _VALUES, _LOGITS, _MOVES,
-                  _ACTIONS)
-    known = list(_loop_columns())
-    steps = rows([dict(zip(names, row)) for row in columns], **_loop_columns())
-    cells = steps.transform_fold(known, as_=["what", "height"]).transform_calculate(
-        at=f"indexof({known}, datum.what)", step="datum.t + 1")
-    present = alt.when("datum.at == stage")
-    x = alt.X("step:O", title=None, axis=alt.Axis(labelAngle=0, orient="top"))
-    table = cells.transform_filter("datum.at <= stage").mark_text(fontSize=12).encode(
-        x, alt.Y("what:N", sort=known, title=None, scale=alt.Scale(domain=known)),
-        text=alt.Text("height:Q", format=".2f"),
-        color=present.then(alt.value(RED)).otherwise(alt.value("black")))
-    now = cells.transform_filter("datum.at == stage")
-    y = alt.Y("height:Q", title="now")
-    bars = now.mark_bar(color=RED).encode(
-        alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0)), y)
-    mean = now.transform_aggregate(mean="mean(height)")
-    line = mean.mark_rule(strokeDash=[4, 4]).encode(y="mean:Q")
+    words = [sentence for _, _, _, sentence in _LOOP]
+    numbers = ", ".join(f"{{shown[{t}]:.2f}}" for t in _ALL)
     return movable(
-        [table.properties(height=230), (bars + line).properties(height=100)],
-        [slider("stage", "stage", 3, 1, len(_STAGES), 1),
+        [_loop_table(), _loop_bars()],
+        [slider("stage", "stage", 3, 1, len(_LOOP) - 1, 1),
          slider("gamma", "discount γ", 0.9, 0, 1), slider("lam", "λ", 0.8, 0, 1),
-         slider("move", "size of the update", 1, 0, 2, 0.1),
-         *_recursion(), *derived(clip_low="0.2", clip_high="0.2")],
-        f"{_STAGES}[stage - 1]",
+         slider("move", "size of the update", 1, 0, 2, 0.1), *_loop_numbers()],
+        f"{words}[stage] + " + say(f"\nNow: {numbers}; mean {{mean:.3f}}"),
         "A table of five steps that grows row by row, from rewards to the loss, and "
         "bars of its present row with their mean.")
 
@@ -313,46 +323,56 @@ def _map() -> Chart:
                                        divergence=_divergence(*middle))
 
 # %% ../nbs/52a_demos.ipynb #8b2eff58
+def _step_lines(x: X, y: Y) -> LayerChart:
+    "The two steps, from the old policy to the edge."
+    alt = load_altair()
+    ends = [{"step": "gradient", "i": 0}, {"step": "natural gradient", "i": 1}]
+    steps = rows(ends, x="0", y="0", x2="[g_step1, n_step1][datum.i]",
+                 y2="[g_step2, n_step2][datum.i]")
+    color = alt.Color("step:N").title("step along the").legend(orient="top")
+    color = color.scale(range=[RED, "black"])
+    lines = steps.mark_rule(strokeWidth=3, clip=True)
+    tips = dot(steps, x=alt.X("x2:Q"), y=alt.Y("y2:Q"), color=color)
+    return lines.encode(x, y, color, x2="x2:Q", y2="y2:Q") + tips
+
+# %% ../nbs/52a_demos.ipynb #5f670fd5
+def _landscape() -> LayerChart:
+    "The map, the edge of the region, and the steps."
+    alt = load_altair()
+    x, y = (channel(f"{letter}:Q").title(f"change of the {which} logit")
+            .scale(domain=[-_REACH[letter], _REACH[letter]], nice=False)
+            for channel, letter, which in ((alt.X, "x", "first"), (alt.Y, "y", "second")))
+    color = alt.Color("worth:Q").title("expected reward").legend(orient="top")
+    color = color.scale(scheme="viridis", domain=[0, _WORTH[-1]])
+    near = alt.when("datum.divergence <= radius").then(alt.value(0.7))
+    ground = _map().mark_rect(strokeWidth=0).encode(
+        x, y, color, x2="x2:Q", y2="y2:Q", opacity=near.otherwise(alt.value(0.25)))
+    edge = _ellipse().mark_line(color="black", clip=True).encode(x, y, order="share:Q")
+    layers = alt.layer(ground, edge, _step_lines(x, y))
+    return layers.resolve_scale(color="independent").properties(height=330)
+
+# %% ../nbs/52a_demos.ipynb #fafc324d
+def _step_outcomes() -> list[Parameter]:
+    "What both steps gain, and how far they go."
+    ends = {letter: (f"{letter}_step1", f"{letter}_step2") for letter in "gn"}
+    return derived(
+        **{f"{k}_gain": f"{_worth(*end)} - {_worth('0', '0')}"
+           for k, end in ends.items()},
+        **{f"{k}_kl": _divergence(*end) for k, end in ends.items()})
+
+# %% ../nbs/52a_demos.ipynb #ea13136f
 def trust_region_demo() -> VConcatChart:
     """Gradient step and natural step {eq}`eq-tr-natural` of a policy of two logits.
 
     Raises: `ImportError` without Altair.
     """
-    alt = load_altair()
-    x, y = (alt.X("x:Q", title="change of the first logit"),
-            alt.Y("y:Q", title="change of the second logit"))
-    bounds = {k: alt.Scale(domain=[-r, r], nice=False) for k, r in _REACH.items()}
-    x, y = x.scale(bounds["x"]), y.scale(bounds["y"])
-    near = alt.when("datum.divergence <= radius")
-    ground = _map().mark_rect(strokeWidth=0).encode(
-        x, y, x2="x2:Q", y2="y2:Q",
-        color=alt.Color("worth:Q", title="expected reward",
-                        legend=alt.Legend(orient="top"), scale=alt.Scale(
-                            scheme="viridis", domain=[0, _WORTH[-1]])),
-        opacity=near.then(alt.value(0.7)).otherwise(alt.value(0.25)))
-    edge = _ellipse().mark_line(color="black", clip=True).encode(x, y, order="share:Q")
-    ends = [{"step": "gradient", "letter": "g"},
-            {"step": "natural gradient", "letter": "n"}]
-    steps = rows(ends, x="0", y="0", x2="datum.letter == 'g' ? g_step1 : n_step1",
-                 y2="datum.letter == 'g' ? g_step2 : n_step2")
-    color = alt.Color("step:N", title="step along the", scale=alt.Scale(
-        range=[RED, "black"]), legend=alt.Legend(orient="top"))
-    ways = steps.mark_rule(strokeWidth=3, clip=True).encode(x, y, x2="x2:Q", y2="y2:Q",
-                                                            color=color)
-    tips = steps.mark_point(filled=True, size=110, opacity=1, clip=True).encode(
-        alt.X("x2:Q"), alt.Y("y2:Q"), color=color)
-    arrows = alt.layer(ways, tips)
-    layers = alt.layer(ground, edge, arrows).resolve_scale(color="independent")
-    gain = f"{{}} - {_worth('0', '0')}"
-    said = [f"'{name}: gain ' + format({gain.format(_worth(*step))}, '.4f') + "
-            f"', divergence ' + format({_divergence(*step)}, '.4f')"
-            for name, step in (("gradient", ("g_step1", "g_step2")),
-                               ("natural gradient", ("n_step1", "n_step2")))]
     return movable(
-        [layers.properties(height=330)],
+        [_landscape()],
         [slider("u", "first logit", 1.8, -1, 4, 0.05),
          slider("v", "second logit", 1.1, -1, 3, 0.05),
-         slider("radius", "radius δ", 0.05, 0.001, 0.2, 0.001), *_region()],
-        " + '\\n' + ".join(said),
+         slider("radius", "radius δ", 0.05, 0.001, 0.2, 0.001),
+         *_region(), *_step_outcomes()],
+        say("gradient: gain {g_gain:.4f}, divergence {g_kl:.4f}\n"
+            "natural gradient: gain {n_gain:.4f}, divergence {n_kl:.4f}"),
         "A map of the expected reward over two logits with the trust region of the old "
         "policy, the steps along the gradient and along the natural gradient.")

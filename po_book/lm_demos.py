@@ -5,10 +5,11 @@
 # %% ../nbs/52b_lm_demos.ipynb #da2521b1
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from po_book.charts import (
-    BLUE, GRAY, GREEN, RED, derived, grid, load_altair, movable, rows, slider
+    BLUE, GRAY, GREEN, RED, derived, dot, grid, load_altair, movable, rows, say, slider
 )
 
 if TYPE_CHECKING:
@@ -19,16 +20,21 @@ __all__ = ['grpo_demo', 'dapo_demo', 'kl_demo']
 
 # %% ../nbs/52b_lm_demos.ipynb #d2e90844
 _LENGTHS = [4, 4, 8, 8, 16, 16, 32, 64]  # tokens of the eight answers
+_RIGHT = [1, 0, 0, 1, 0, 0, 1, 0]        # rewards at first
 _SIZE = len(_LENGTHS)
-_REWARDS = [f"r{i + 1}" for i in range(_SIZE)]
 
 
 def _group_numbers() -> list[Parameter]:
-    "Mean and deviation of the rewards, and whether the group is dead."
-    mean = f"({' + '.join(_REWARDS)}) / {_SIZE}"
-    squares = " + ".join(f"pow({r} - center, 2)" for r in _REWARDS)
-    return derived(rewards=f"[{', '.join(_REWARDS)}]", center=mean,
-                    deviation=f"sqrt(({squares}) / {_SIZE})", dead="span(rewards) == 0")
+    "Mean, deviation and advantages of the rewards, and whether the group is dead."
+    rewards = [f"r{i + 1}" for i in range(_SIZE)]
+    squares = " + ".join(f"pow({r} - center, 2)" for r in rewards)
+    advantages = ", ".join(f"dead ? 0 : ({r} - center) / over" for r in rewards)
+    return derived(
+        rewards=f"[{', '.join(rewards)}]", dead="span(rewards) == 0",
+        center=f"({' + '.join(rewards)}) / {_SIZE}",
+        deviation=f"sqrt(({squares}) / {_SIZE})",
+        over="divide == 'deviation' ? deviation + 1e-6 : 1",
+        advantages=f"[{advantages}]")
 
 # %% ../nbs/52b_lm_demos.ipynb #def9d6b5
 _AGGREGATIONS = {
@@ -38,100 +44,132 @@ _AGGREGATIONS = {
 }
 
 
-def _pull(bars: Chart) -> Chart:
+def _answers() -> Chart:
+    "A row for each answer: its reward, advantage, and the weights of a token."
+    given = [{"answer": f"{i}: {n}", "i": i - 1, "length": n}
+             for i, n in enumerate(_LENGTHS, 1)]
+    return rows(given, reward="rewards[datum.i]", advantage="advantages[datum.i]",
+                **_AGGREGATIONS)
+
+# %% ../nbs/52b_lm_demos.ipynb #cafb7eb3
+def _reward_bars() -> LayerChart:
+    "Rewards and their mean; gray if the group is dead."
+    alt = load_altair()
+    x = alt.X("answer:N").sort(None).title(None).axis(labels=False)
+    y = alt.Y("reward:Q").title("reward").scale(domain=[0, 1])
+    color = alt.when("dead").then(alt.value(GRAY)).otherwise(alt.value(BLUE))
+    mean = rows([{}], y="center").mark_rule(strokeDash=[4, 4]).encode(y="y:Q")
+    bars = _answers().mark_bar().encode(x, y, color=color)
+    return (bars + mean).properties(height=80)
+
+
+def _advantage_bars() -> Chart:
+    "Advantages of the answers."
+    alt = load_altair()
+    x = alt.X("answer:N").sort(None).title(None).axis(labels=False)
+    bars = _answers().mark_bar(color=BLUE)
+    return bars.encode(x, alt.Y("advantage:Q").title("advantage")).properties(height=80)
+
+# %% ../nbs/52b_lm_demos.ipynb #dd894c19
+def _pull_bars() -> Chart:
     "Advantage times the weight of a token, under each aggregation."
     alt = load_altair()
     names = list(_AGGREGATIONS)
-    color = alt.Color("how:N", sort=names, title="aggregation",
-                      scale=alt.Scale(range=[BLUE, RED, GREEN]),
-                      legend=alt.Legend(orient="top"))
-    y = alt.Y("pull:Q", title="of one token", axis=alt.Axis(format="~g"))
-    return bars.transform_fold(names, as_=["how", "weight"]).transform_calculate(
-        pull="datum.advantage * datum.weight"
-    ).mark_bar().encode(y=y, color=color, xOffset=alt.XOffset("how:N", sort=names))
+    x = alt.X("answer:N").sort(None).title("answer: its length in tokens")
+    color = alt.Color("how:N").sort(names).title("aggregation").legend(orient="top")
+    bars = _answers().transform_fold(names, as_=["how", "weight"]).mark_bar()
+    return bars.transform_calculate(pull="datum.advantage * datum.weight").encode(
+        x.axis(labelAngle=0), alt.Y("pull:Q").title("of one token").axis(format="~g"),
+        color.scale(range=[BLUE, RED, GREEN]), alt.XOffset("how:N").sort(names),
+    ).properties(height=130)
 
-# %% ../nbs/52b_lm_demos.ipynb #cafb7eb3
+# %% ../nbs/52b_lm_demos.ipynb #b72aea55
 def grpo_demo() -> VConcatChart:
     """Advantages {eq}`eq-grpo-advantage` of eight rewards, and the pull of a token.
 
     Raises: `ImportError` without Altair.
     """
     alt = load_altair()
-    answers = [{"answer": f"{i + 1}: {n}", "i": i, "length": n}
-               for i, n in enumerate(_LENGTHS)]
-    over = "(divide == 'deviation' ? deviation + 1e-6 : 1)"
-    bars = rows(answers, reward="rewards[datum.i]",
-                 advantage=f"dead ? 0 : (rewards[datum.i] - center) / {over}",
-                 **_AGGREGATIONS)
-    x = alt.X("answer:N", sort=None, title="answer: its length in tokens",
-              axis=alt.Axis(labelAngle=0))
-    none = alt.X("answer:N", sort=None, title=None, axis=alt.Axis(labels=False))
-    y = alt.Y("reward:Q", title="reward", scale=alt.Scale(domain=[0, 1]))
-    mean = rows([{}], y="center").mark_rule(strokeDash=[4, 4]).encode(y="y:Q")
-    gray = alt.when("dead").then(alt.value(GRAY)).otherwise(alt.value(BLUE))
-    rewards = bars.mark_bar().encode(none, y, color=gray) + mean
-    advantages = bars.mark_bar(color=BLUE).encode(
-        none, alt.Y("advantage:Q", title="advantage"))
-    select = alt.binding_select(options=["deviation", "nothing"], name="divided by")
-    right = [1, 0, 0, 1, 0, 0, 1, 0]
-    sliders = [slider(r, f"reward {i + 1}", right[i], 0, 1, 0.1)
-               for i, r in enumerate(_REWARDS)]
-    divide = alt.param(name="divide", value="deviation", bind=select)
+    choice = alt.binding_select(options=["deviation", "nothing"], name="divided by")
+    listed = ", ".join(f"{{advantages[{i}]:.2f}}" for i in range(_SIZE))
+    dead = say("DEAD GROUP: all rewards are equal.\nEvery advantage is 0, and so is "
+               "the gradient.")
+    informative = say("An informative group: mean {center:.3f}, deviation "
+                      f"{{deviation:.3f}}.\nAdvantages {listed}.")
     return movable(
-        [rewards.properties(height=80), advantages.properties(height=80),
-         _pull(bars.encode(x)).properties(height=130)],
-        [*sliders, divide, *_group_numbers()],
-        "dead ? 'DEAD GROUP: all rewards are equal.\\nEvery advantage is 0, and so is "
-        "the gradient.' : 'An informative group.\\nmean ' + format(center, '.3f') + "
-        "', deviation ' + format(deviation, '.3f')",
+        [_reward_bars(), _advantage_bars(), _pull_bars()],
+        [*(slider(f"r{i}", f"reward {i}", r, 0, 1, 0.1)
+           for i, r in enumerate(_RIGHT, 1)),
+         alt.param(name="divide", value="deviation", bind=choice), *_group_numbers()],
+        f"dead ? {dead} : {informative}",
         "Bars of eight rewards with their mean, of their advantages, and of what one "
         "token of each answer receives under three aggregations.")
 
 # %% ../nbs/52b_lm_demos.ipynb #741b9f34
+def _room_curves() -> Chart:
+    "Between which probabilities a token is free, against its own before."
+    alt = load_altair()
+    bounds = {"before": "datum.p", "at most": "min(1, (1 + clip_high) * datum.p)",
+              "at least": "(1 - clip_low) * datum.p"}
+    color = alt.Color("what:N").title(None).sort(list(bounds)).legend(orient="top")
+    lines = grid("p", 0, 1, 101, **bounds).transform_fold(
+        list(bounds), as_=["what", "q"]).mark_line()
+    return lines.encode(
+        alt.X("p:Q").title("probability of a token before"),
+        alt.Y("q:Q").title("after"), color.scale(range=[GRAY, BLUE, RED]),
+    ).properties(height=130)
+
+# %% ../nbs/52b_lm_demos.ipynb #a2eefd59
+_DEAD = "pow({0}, group) + pow(1 - {0}, group)"  # of a success rate
+_PENALTY = "clamp((max_len - cache - {0}) / cache, -1, 0)"  # of a length
+
+
+def _dead_curve() -> LayerChart:
+    "Share of dead groups against the success rate."
+    alt = load_altair()
+    x, y = alt.X("p:Q").title("success rate"), alt.Y("dead:Q").title("dead groups")
+    curve = grid("p", 0, 1, 101, dead=_DEAD.format("datum.p")).mark_line(color=BLUE)
+    here = rows([{}], p="success", dead="dead")
+    return (curve.encode(x, y) + dot(here, x=x, y=y)).properties(height=90)
+
+
+def _penalty_curve() -> LayerChart:
+    "Penalty of an answer against its length."
+    alt = load_altair()
+    x = alt.X("length:Q").title("tokens of an answer")
+    y = alt.Y("penalty:Q").title("penalty").scale(domain=[-1, 0])
+    curve = grid("length", 0, 200, 201, penalty=_PENALTY.format("datum.length"))
+    here = rows([{}], length="tokens", penalty="penalty")
+    line = curve.mark_line(color=BLUE).encode(x, y)
+    return (line + dot(here, x=x, y=y)).properties(height=90)
+
+# %% ../nbs/52b_lm_demos.ipynb #ad67c534
+def _dapo_numbers() -> list[Parameter]:
+    "What the reader moves, and what follows."
+    return [
+        slider("clip_low", "ε low", 0.2, 0, 0.9),
+        slider("clip_high", "ε high", 0.28, 0, 1),
+        slider("success", "success rate", 0.8, 0, 1),
+        slider("group", "group size G", 8, 2, 32, 1),
+        slider("max_len", "limit of tokens", 160, 80, 200, 1),
+        slider("cache", "last that cost", 40, 1, 79, 1),
+        slider("tokens", "tokens of answer", 140, 0, 200, 1),
+        *derived(dead=_DEAD.format("success"), penalty=_PENALTY.format("tokens"),
+                 least="0.1 * (1 - clip_low)", most="0.1 * (1 + clip_high)",
+                 draws="100 / (1 - dead)")]
+
+# %% ../nbs/52b_lm_demos.ipynb #aedf00ba
 def dapo_demo() -> VConcatChart:
     """Room for a token under two bounds, dead groups, penalty {eq}`eq-dapo-overlong`.
 
     Raises: `ImportError` without Altair.
     """
-    alt = load_altair()
-    color = alt.Color("what:N", title=None, scale=alt.Scale(range=[GRAY, BLUE, RED]),
-                      sort=["before", "at most", "at least"],
-                      legend=alt.Legend(orient="top"))
-    room = grid("p", 0, 1, 101, **{
-        "before": "datum.p", "at most": "min(1, (1 + clip_high) * datum.p)",
-        "at least": "(1 - clip_low) * datum.p"})
-    after = room.transform_fold(["before", "at most", "at least"], as_=["what", "q"])
-    dead = "pow({0}, group) + pow(1 - {0}, group)"
-    groups = grid("p", 0, 1, 101, dead=dead.format("datum.p"))
-    cost = "clamp((max_len - cache - {0}) / cache, -1, 0)"
-    lengths = grid("length", 0, 200, 201, penalty=cost.format("datum.length"))
-    chosen = {"filled": True, "size": 110, "color": RED, "opacity": 1}
-    group = rows([{}], p="success", dead=dead.format("success"))
-    answer = rows([{}], length="tokens", penalty=cost.format("tokens"))
-    share = alt.X("p:Q", title="success rate"), alt.Y("dead:Q", title="dead groups")
-    tokens = (alt.X("length:Q", title="tokens of an answer"),
-              alt.Y("penalty:Q", title="penalty", scale=alt.Scale(domain=[-1, 0])))
+    draws = f"(dead == 1 ? 'no number is enough' : {say('draw about {draws:.0f}')})"
     return movable(
-        [after.mark_line().encode(alt.X("p:Q", title="probability of a token before"),
-                                  alt.Y("q:Q", title="after"), color,
-                                  ).properties(height=130),
-         (groups.mark_line(color=BLUE).encode(*share)
-          + group.mark_point(**chosen).encode(*share)).properties(height=90),
-         (lengths.mark_line(color=BLUE).encode(*tokens)
-          + answer.mark_point(**chosen).encode(*tokens)).properties(height=90)],
-        [slider("clip_low", "ε low", 0.2, 0, 0.9),
-         slider("clip_high", "ε high", 0.28, 0, 1),
-         slider("success", "success rate", 0.8, 0, 1),
-         slider("group", "group size G", 8, 2, 32, 1),
-         slider("max_len", "limit of tokens", 160, 80, 200, 1),
-         slider("cache", "last that cost", 40, 1, 79, 1),
-         slider("tokens", "tokens of answer", 140, 0, 200, 1)],
-        "'a token of 0.1: from ' + format(0.1 - 0.1 * clip_low, '.4f') + ' to ' + "
-        "format(0.1 + 0.1 * clip_high, '.4f') + '\\n' + "
-        f"'dead groups ' + format({dead.format('success')}, '.3f') + ': for 100 that "
-        f"teach, ' + (success * (1 - success) == 0 ? 'no number is enough' : "
-        f"'draw about ' + format(100 / (1 - {dead.format('success')}), '.0f')) + "
-        f"'\\npenalty of the answer ' + format({cost.format('tokens')}, '.3f')",
+        [_room_curves(), _dead_curve(), _penalty_curve()], _dapo_numbers(),
+        say("a token of 0.1: from {least:.4f} to {most:.4f}\n"
+            "dead groups {dead:.3f}: for 100 that teach, ")
+        + f" + {draws} + " + say("\npenalty of the answer {penalty:.3f}"),
         "Bounds of a token's probability after an update against that before, the "
         "share of dead groups against the success rate, and the penalty of long "
         "answers against their length.")
@@ -154,41 +192,40 @@ def _mean_kl_gradient(kind: str, p: str) -> str:
     return f"{p} * (1 - {p}) * ({first} - {second})"
 
 # %% ../nbs/52b_lm_demos.ipynb #4895b580
+def _kl_panel(
+    what: str, bounds: list[float], formula: Callable[[str, str], str]
+) -> LayerChart:
+    "A mean of each estimator against the probability of the first action."
+    alt = load_altair()
+    color = alt.Color("kind:N").title(None).legend(orient="top")
+    color = color.scale(domain=list(_KL), range=[BLUE, RED, GREEN])
+    x = alt.X("x:Q").title("p, probability of the first action")
+    y = alt.Y(f"{what}:Q").title(f"mean {what}").scale(domain=bounds)
+    dashed = alt.when("datum.kind == 'k3'").then(alt.value([6, 4]))
+
+    def folded(chart: Chart, p: str) -> Chart:
+        columns = {kind: formula(kind, p) for kind in _KL}
+        chart = chart.transform_calculate(**columns)
+        return chart.transform_fold(list(_KL), as_=["kind", what]).encode(x, y, color)
+
+    curves = folded(grid("x", 0.01, 0.99, 99), "datum.x").mark_line(clip=True)
+    curves = curves.encode(strokeDash=dashed.otherwise(alt.value([1, 0])))
+    return alt.layer(curves, dot(folded(rows([{}], x="p"), "p"))).properties(height=140)
+
+# %% ../nbs/52b_lm_demos.ipynb #d1c962d3
 def kl_demo() -> VConcatChart:
     """Means of the estimators {eq}`eq-kl-estimators`, and of their gradients.
 
     Raises: `ImportError` without Altair.
     """
-    alt = load_altair()
-    formulas = {"value": _mean_kl, "gradient": _mean_kl_gradient}
-    kinds = alt.Scale(domain=list(_KL), range=[BLUE, RED, GREEN])
-    color = alt.Color("kind:N", title=None, scale=kinds,
-                      legend=alt.Legend(orient="top"))
-    x = alt.X("x:Q", title="p, probability of the first action")
-
-    def panel(what: str, title: str, bounds: list[float]) -> LayerChart:
-        y = alt.Y(f"{what}:Q", title=title, scale=alt.Scale(domain=bounds))
-
-        def drawn(chart: Chart, at: str) -> Chart:
-            columns = {kind: formulas[what](kind, at) for kind in _KL}
-            chart = chart.transform_calculate(**columns)
-            return chart.transform_fold(list(_KL), as_=["kind", what]).encode(
-                x, y, color)
-
-        curve = drawn(grid("x", 0.01, 0.99, 99), "datum.x").mark_line(clip=True)
-        curve = curve.encode(strokeDash=alt.condition(
-            "datum.kind == 'k3'", alt.value([6, 4]), alt.value([1, 0])))
-        here = drawn(rows([{}], x="p"), "p").mark_point(filled=True, size=90,
-                                                         opacity=1, clip=True)
-        return alt.layer(curve, here).properties(height=140)
-
-    texts = [f"'{kind}: value ' + format({_mean_kl(kind, 'p')}, '.3f') + ', gradient ' "
-             f"+ format({_mean_kl_gradient(kind, 'p')}, '.3f')" for kind in _KL]
+    values = {f"{kind}_value": _mean_kl(kind, "p") for kind in _KL}
+    slopes = {f"{kind}_slope": _mean_kl_gradient(kind, "p") for kind in _KL}
     return movable(
-        [panel("value", "mean value", [0, 2]),
-         panel("gradient", "mean gradient", [-0.6, 0.6])],
+        [_kl_panel("value", [0, 2], _mean_kl),
+         _kl_panel("gradient", [-0.6, 0.6], _mean_kl_gradient)],
         [slider("p", "p, policy", 0.8, 0.01, 0.99),
-         slider("q", "q, reference", 0.4, 0.01, 0.99)],
-        " + '\\n' + ".join(texts),
+         slider("q", "q, reference", 0.4, 0.01, 0.99), *derived(**values, **slopes)],
+        say("\n".join(f"{kind}: value {{{kind}_value:.3f}}, gradient "
+                      f"{{{kind}_slope:.3f}}" for kind in _KL)),
         "Mean values and mean gradients of the estimators k1, k2 and k3 against the "
         "probability of the first action.")

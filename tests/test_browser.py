@@ -170,7 +170,7 @@ def test_a_folded_proof_opens(opened):
     expect(proof.locator("p").last).to_be_visible()
 
 
-DEMOS = ["52_charts", "52a_demos", "52b_lm_demos"]
+DEMOS = ["44_kl", "52_charts", "52a_demos", "52b_lm_demos"]
 PHONE = {"viewport": {"width": 375, "height": 700}, "has_touch": True}
 
 
@@ -198,9 +198,10 @@ def test_a_demo_is_moved_by_the_keyboard(opened, name):
     assert errors == []
 
 
-def test_a_demo_is_usable_on_a_phone(opened):
+@pytest.mark.parametrize("name", ["52a_demos", "52b_lm_demos"])
+def test_a_demo_is_usable_on_a_phone(opened, name):
     "It is as wide as the screen, and a finger moves it."
-    tab, _, _ = opened("52b_lm_demos", "light", **PHONE)
+    tab, _, _ = opened(name, "light", **PHONE)
     demos = drawn(tab)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 375
     for picture in demos.locator(".po-demo-chart svg").all():
