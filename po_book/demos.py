@@ -209,13 +209,13 @@ def _loop_numbers() -> list[Parameter]:
     "All that the loop computes, a list each; `shown` is that of the present stage."
     rewards, values, logits, moves = (list(column) for column in zip(*_EPISODE))
     sums = {f"a{t}": f"delta[{t}] + gamma * lam * a{t + 1}" for t in reversed(_ALL)}
-    logit = f"({logits}[{{0}}] + {{1}} * {moves}[{{0}}])"
-    before, after = (_each(f"1 / (1 + exp(-{logit.format('{0}', by)}))")
-                     for by in ("0", "move"))
+    given = {"r": rewards, "v": [*values, 0], "logits": logits, "moves": moves}
     columns = {name: _each(formula) for name, _, formula, _ in _LOOP}
     return derived(
-        clip_low="0.2", clip_high="0.2", r=f"{rewards}", v=f"{[*values, 0]}",
-        a5="0", **sums, before=before, after=after, **columns,
+        clip_low="0.2", clip_high="0.2", a5="0", **sums,
+        **{name: f"{numbers}" for name, numbers in given.items()},
+        before=_each("1 / (1 + exp(-logits[{0}]))"),
+        after=_each("1 / (1 + exp(-logits[{0}] - move * moves[{0}]))"), **columns,
         table=f"[{', '.join(columns)}]", shown="table[stage]",
         mean=f"({' + '.join(f'shown[{t}]' for t in _ALL)}) / {len(_ALL)}")
 
