@@ -126,4 +126,4 @@ def movable(
     chart = chart.add_params(*numbers, *derived(reading=reading))
     chart = chart.resolve_scale(color="independent").configure_view(stroke=None)
     return chart.configure_axis(labelFontSize=11, titleFontSize=12, gridOpacity=0.5,
-                                labelOverlap=True)
+                                labelOverlap=True, labelSeparation=6)

@@ -329,7 +329,7 @@ def _step_lines(x: X, y: Y) -> LayerChart:
     ends = [{"step": "gradient", "i": 0}, {"step": "natural gradient", "i": 1}]
     steps = rows(ends, x="0", y="0", x2="[g_step1, n_step1][datum.i]",
                  y2="[g_step2, n_step2][datum.i]")
-    color = alt.Color("step:N").title("step along the").legend(orient="top")
+    color = alt.Color("step:N").title("step along the").legend(orient="bottom")
     color = color.scale(range=[RED, "black"])
     lines = steps.mark_rule(strokeWidth=3, clip=True)
     tips = dot(steps, x=alt.X("x2:Q"), y=alt.Y("y2:Q"), color=color)
@@ -339,9 +339,10 @@ def _step_lines(x: X, y: Y) -> LayerChart:
 def _landscape() -> LayerChart:
     "The map, the edge of the region, and the steps."
     alt = load_altair()
-    x, y = (channel(f"{letter}:Q").title(f"change of the {which} logit")
-            .scale(domain=[-_REACH[letter], _REACH[letter]], nice=False)
-            for channel, letter, which in ((alt.X, "x", "first"), (alt.Y, "y", "second")))
+    axes = (alt.X("x:Q").title("change of the first logit"),
+            alt.Y("y:Q").title("change of the second logit"))
+    x, y = (axis.scale(domain=[-reach, reach], nice=False)
+            for axis, reach in zip(axes, _REACH.values()))
     color = alt.Color("worth:Q").title("expected reward").legend(orient="top")
     color = color.scale(scheme="viridis", domain=[0, _WORTH[-1]])
     near = alt.when("datum.divergence <= radius").then(alt.value(0.7))
