@@ -198,6 +198,22 @@ def test_a_demo_is_moved_by_the_keyboard(opened, name):
     assert errors == []
 
 
+@pytest.mark.parametrize("name", ["22_ppo", "52a_demos"])
+def test_all_demos_can_be_moved_within_two_seconds(browser, url, name):
+    "Of the processor, so that a busy machine does not count."
+    context = browser.new_context()
+    tab = context.new_page()
+    tab.set_default_timeout(PATIENCE)
+    meter = context.new_cdp_session(tab)
+    meter.send("Performance.enable", {"timeDomain": "threadTicks"})
+    tab.goto(f"{url}/{name}.html", timeout=PATIENCE)
+    drawn(tab)
+    metrics = meter.send("Performance.getMetrics")["metrics"]
+    seconds = {metric["name"]: metric["value"] for metric in metrics}
+    context.close()
+    assert 0 < seconds["ScriptDuration"] < seconds["TaskDuration"] < 2
+
+
 @pytest.mark.parametrize("name", ["52a_demos", "52b_lm_demos"])
 def test_a_demo_is_usable_on_a_phone(opened, name):
     "It is as wide as the screen, and a finger moves it."
