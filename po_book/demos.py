@@ -120,10 +120,10 @@ def _gae_weights() -> Chart:
                 step_weight=f"(datum.l < {last} ? 1 - lam : 1) * pow(lam, datum.l)")
 
 
-def _weight_bars(x: str, column: str, title: str, color: str) -> Chart:
+def _weight_bars(place: str, column: str, title: str, color: str) -> Chart:
     "One of the two kinds of weights."
     alt = load_altair()
-    x = alt.X(f"{x}:O").title(title).axis(labelAngle=0)
+    x = alt.X(f"{place}:O").title(title).axis(labelAngle=0)
     y = alt.Y(f"{column}:Q").title("weight").scale(domain=[0, 1])
     return _gae_weights().mark_bar(color=color).encode(x, y).properties(height=80)
 
