@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cell_rules import folded
 from chapter_numbers import chapter_files, link_chapters
+from demo_pages import SHOW
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,9 @@ def bridge_notebook(text: str, inputs: str, chapters: dict[str, str] | None = No
             cell |= {"source": link_chapters("".join(cell["source"]), chapters)}
         if bridged := bridge_cell(cell):
             cells.append(bridged)
+    if re.search(r"po_book\.(charts|demos|lm_demos) |default_exp charts", text):
+        shown = {"cell_type": "code", "id": "show-demos", "metadata": {"tags": ["remove-cell"]}}
+        cells.insert(1, shown | {"source": SHOW, "outputs": [], "execution_count": None})
     notebook["cells"] = cells
     # Of a notebook's metadata, the execution cache hashes the kernelspec alone.
     notebook["metadata"]["kernelspec"]["inputs"] = inputs
@@ -150,7 +154,7 @@ def setup(app: Sphinx) -> dict:
     # "html" setting makes it write every page again.
     inputs = hash_files(ROOT, "po_book/*.py", "results/**/*", "requirements-dev.txt")
     app.add_config_value("notebook_inputs", inputs, "env")
-    look = hash_files(ROOT, "_static/**/*", "_ext/*.py", "settings.ini")
+    look = hash_files(ROOT, "_static/**/*", "_ext/*.py", "_ext/*.js", "settings.ini")
     app.add_config_value("site_inputs", look, "html")
     app.connect("source-read", read_source)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -40,7 +40,7 @@ LOW_CONTRAST = """() => {
     return [255, 255, 255, 255];
   };
   const found = [];
-  for (const node of document.querySelectorAll('article p, article li, article td, article pre span, article h2')) {
+  for (const node of document.querySelectorAll('article p, article li, article td, article pre span, article h2, article label')) {
     if (!node.textContent.trim() || node.offsetParent === null) continue;
     const [a, b] = [luminance(rgba(getComputedStyle(node).color)), luminance(behind(node))];
     const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
@@ -84,8 +84,9 @@ def opened(browser, url):
     "Open a page; everything it complained about and asked for is collected."
     contexts = []
 
-    def open_page(name: str, mode: str):
-        context = browser.new_context(color_scheme=mode, viewport={"width": 1300, "height": 900})
+    def open_page(name: str, mode: str, **options):
+        options = {"viewport": {"width": 1300, "height": 900}} | options
+        context = browser.new_context(color_scheme=mode, **options)
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         tab = context.new_page()
@@ -167,3 +168,87 @@ def test_a_folded_proof_opens(opened):
     expect(proof.locator("p").last).to_be_hidden()
     proof.locator("summary").click()
     expect(proof.locator("p").last).to_be_visible()
+
+
+DEMOS = ["44_kl", "52_charts", "52a_demos", "52b_lm_demos"]
+PHONE = {"viewport": {"width": 375, "height": 700}, "has_touch": True}
+
+
+def drawn(tab):
+    "The demos of a page, once all are drawn."
+    tab.wait_for_function(
+        "[...document.querySelectorAll('.po-demo')].every(node => 'ready' in node.dataset)"
+    )
+    return tab.locator(".po-demo")
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_demo_is_moved_by_the_keyboard(opened, name):
+    "Every slider is reached by Tab, and the reading follows the arrow keys."
+    tab, errors, _ = opened(name, "light")
+    for demo in filter(lambda demo: demo.is_visible(), drawn(tab).all()):
+        reading, sliders = demo.locator("[role=status]"), demo.locator("input[type=range]")
+        before = reading.text_content()
+        sliders.first.focus()
+        tab.keyboard.press("ArrowLeft")
+        expect(reading).not_to_have_text(before)
+        for slider in sliders.all()[1:]:
+            tab.keyboard.press("Tab")
+            expect(slider).to_be_focused()
+    assert errors == []
+
+
+@pytest.mark.parametrize("name", ["22_ppo", "52a_demos"])
+def test_all_demos_can_be_moved_within_two_seconds(browser, url, name):
+    "Of the processor, so that a busy machine does not count."
+    context = browser.new_context()
+    tab = context.new_page()
+    tab.set_default_timeout(PATIENCE)
+    meter = context.new_cdp_session(tab)
+    meter.send("Performance.enable", {"timeDomain": "threadTicks"})
+    tab.goto(f"{url}/{name}.html", timeout=PATIENCE)
+    drawn(tab)
+    metrics = meter.send("Performance.getMetrics")["metrics"]
+    seconds = {metric["name"]: metric["value"] for metric in metrics}
+    context.close()
+    assert 0 < seconds["ScriptDuration"] < seconds["TaskDuration"] < 2
+
+
+@pytest.mark.parametrize("name", ["52a_demos", "52b_lm_demos"])
+def test_a_demo_is_usable_on_a_phone(opened, name):
+    "It is as wide as the screen, and a finger moves it."
+    tab, _, _ = opened(name, "light", **PHONE)
+    demos = drawn(tab)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 375
+    for picture in demos.locator(".po-demo-chart svg").all():
+        assert 280 < picture.bounding_box()["width"] <= 375
+    slider, reading = demos.first.locator("input").nth(1), demos.first.locator("[role=status]")
+    box, before = slider.bounding_box(), reading.text_content()
+    assert box["height"] >= 24
+    slider.tap(position={"x": box["width"] - 12, "y": box["height"] / 2})
+    expect(reading).not_to_have_text(before)
+
+
+def test_a_dead_group_says_so(opened):
+    tab, _, _ = opened("52b_lm_demos", "dark")
+    group = drawn(tab).first
+    for slider in group.locator("input[type=range]").all():
+        slider.fill("0.5")
+    expect(group.locator("[role=status]")).to_contain_text("DEAD GROUP")
+
+
+def test_a_demo_has_the_colours_of_the_mode(opened):
+    for mode, dark in ("light", False), ("dark", True):
+        tab, _, _ = opened("52_charts", mode)
+        style = drawn(tab).first.locator("svg").evaluate("node => getComputedStyle(node).filter")
+        assert ("invert" in style) == dark
+
+
+def test_without_javascript_a_demo_is_a_picture(browser, url):
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(f"{url}/52a_demos.html", timeout=PATIENCE)
+    stills = tab.locator(".po-demo img")
+    assert stills.count() >= 4
+    expect(stills.first).to_be_visible()
+    context.close()

@@ -230,3 +230,19 @@ def test_prose_of_a_notebook_is_linked():
     text = json.dumps({"cells": cells, "metadata": {"kernelspec": {}}})
     (cell,) = json.loads(bridge_notebook(text, "", CHAPTERS))["cells"]
     assert cell["source"] == "See\n[chapter 46](46_grpo.ipynb)."
+
+
+@pytest.mark.parametrize(
+    "source, shows",
+    [
+        ("from po_book.demos import clip_demo", True),
+        ("#| default_exp charts", True),
+        ("from po_book.ppo import ratio", False),
+    ],
+)
+def test_a_notebook_with_demos_is_told_how_the_book_shows_them(source, shows):
+    title = {"cell_type": "markdown", "source": "# Title", "metadata": {}}
+    text = json.dumps({"cells": [title, code(source)], "metadata": {"kernelspec": {}}})
+    _, *cells = json.loads(bridge_notebook(text, ""))["cells"]
+    hidden = [c["source"] for c in cells if c["metadata"].get("tags") == ["remove-cell"]]
+    assert any("altair.renderers" in one for one in hidden) == shows

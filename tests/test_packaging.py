@@ -70,7 +70,8 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
     line = next(x for x in README.splitlines() if x.startswith("Extras"))
     extras = set(metadata.get_all("Provides-Extra"))
     assert extras == {
-        "video", "box2d", "peft", "data", "math", "tensorboard", "wandb", "agents", "dev",
+        "video", "box2d", "peft", "data", "math", "tensorboard", "wandb", "agents", "demos",
+        "dev",
     }  # fmt: skip
     assert extras - {"dev"} == set(re.findall("`(.*?)`", line))
     asked = [x for x in metadata.get_all("Requires-Dist") if "extra == " in x]
@@ -82,6 +83,7 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
         "video": ["pygame-ce"], "box2d": ["gymnasium[box2d]"], "peft": ["peft"],
         "data": ["datasets"], "math": ["math-verify"],
         "tensorboard": ["tensorboard"], "wandb": ["wandb"], "agents": ["pettingzoo", "mpe2"],
+        "demos": ["altair"],
     }  # fmt: skip
 
 

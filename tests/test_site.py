@@ -84,6 +84,22 @@ def test_nothing_is_loaded_from_elsewhere(site, name):
         assert not urlsplit(url).netloc, url
 
 
+CHARTS = {
+    "14_advantage": 1, "21_natural_gradient": 1, "22_ppo": 2, "44_kl": 1, "46_grpo": 1,
+    "47_dapo": 1, "52_charts": 2, "52a_demos": 4, "52b_lm_demos": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_vega_is_loaded_where_a_chart_computes_and_nowhere_else(site, name):
+    html = (site / f"{name}.html").read_text(encoding="utf-8")
+    charts = html.count('<div class="po-demo"')
+    assert charts == CHARTS.get(name, 0)
+    assert ("demos/vega.js" in html) == (charts > 0)
+    stills = re.findall(r'<noscript><img src="(_static/demos/\w+.svg)" alt="[^"]{10,}"', html)
+    assert len(stills) == charts and all((site / still).exists() for still in stills)
+
+
 @pytest.mark.parametrize("name", [p for p in PAGES if p != "404"])
 def test_internal_links_lead_somewhere(site, name):
     path = site / f"{name}.html"
