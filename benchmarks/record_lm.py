@@ -65,7 +65,6 @@ def preset(name: str, **choices) -> Objective:
 METHODS = tiny_config(
     steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500, overlong_cache=0
 )
-AFTER = replace(METHODS, steps=40)
 SHORT = tiny_config(steps=40, max_new_tokens=24, eval_every=10, eval_prompts=500)
 HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
@@ -86,10 +85,6 @@ RECORDS = {
             preset("grpo", kl=NoReference()), replace(METHODS, steps=700, eval_every=25)
         ),
     }, threads=2),
-    "lm_after_dapo": LMRecord(ADDITION, 8, {
-        name: Variant(preset(name, kl=NoReference(), overlong=0.0), AFTER)
-        for name in ("dapo", "grpo", "reinforce++", "maxrl", "gspo", "cispo", "sapo", "dppo")
-    }, steps=420, lr=1e-3),
     "lm_ablation": LMRecord(ChainAddition(3, 7), 3, {
         "naive GRPO": Variant(NAIVE, HARD),
         "+ overlong filtering": Variant(NAIVE, FILTER),

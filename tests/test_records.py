@@ -260,14 +260,6 @@ def test_the_long_run_is_grpo_without_a_divergence():
     assert variant.objective == replace(PRESETS["grpo"], kl=NoReference())
 
 
-@pytest.mark.parametrize("name", LM["lm_after_dapo"].variants)
-def test_what_came_after_dapo_is_the_preset_without_a_reference(name):
-    variant, preset = LM["lm_after_dapo"].variants[name], PRESETS[name]
-    assert variant.config == LM["lm_after_dapo"].variants["dapo"].config
-    unlike = {key for key, x in vars(preset).items() if getattr(variant.objective, key) != x}
-    assert unlike <= {"kl", "overlong"} and variant.objective.kl == NoReference()
-
-
 @pytest.mark.parametrize("record", ["rlhf_beta", "rlhf_learnt"])
 def test_a_price_is_that_of_its_name_and_nothing_else_differs(record):
     config = LM["rlhf_beta"].variants["β = 1.0"].config
