@@ -5,7 +5,7 @@ Run: python benchmarks/broken_runs.py
 Writes results/broken_runs.csv, every row of every log without the columns that are about
 time, and results/broken_runs.json, which says where, when and with what they were made. A
 variant is a method, healthy, or with its fault behind a colon. The limits of
-`po_book.diagnose` were written on the first three seeds and tried on the others.
+`po_book.diagnose` were written on the first seed and tried on the others.
 """
 
 from collections.abc import Callable

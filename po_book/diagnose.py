@@ -149,6 +149,11 @@ def _unheld(kl: np.ndarray, clipped: np.ndarray) -> float:
     return np.median(far) if len(far) > 2 else 0.0
 
 
+def _leap(kl: np.ndarray, clipped: np.ndarray) -> float:
+    "The largest divergence, if there is a clip; else 0."
+    return kl.max() if clipped.max() > 0 else 0.0
+
+
 def _stuck(kl: np.ndarray, kl_ref: np.ndarray) -> float:
     "Divergence of an iteration over that from the reference, in the second half."
     half = len(kl) // 2
@@ -202,24 +207,24 @@ RULES: tuple[Rule, ...] = (
          "log-probabilities of sampler and learner differ by", "47b_mismatch", 3),
     Rule("dead groups", ("dead_groups",), _dead_from_the_start, 0.8,
          "of the first groups the share with equal rewards is", "47_dapo", 3),
-    Rule("no mask", ("approx_kl",), np.median, 0.5,
+    Rule("no mask", ("approx_kl",), np.median, 0.3,
          "the median of approx_kl is", "48b_step"),
-    Rule("wrong KL sign", ("approx_kl", "kl_coef"), lambda kl, coef: kl.max(), 0.1,
+    Rule("wrong KL sign", ("approx_kl", "kl_coef"), lambda kl, coef: kl.max(), 1.0,
          "in spite of its penalty approx_kl goes up to", "22_ppo"),
-    Rule("clip too wide", _RATIO, _unheld, 1.0,
+    Rule("clip too wide", _RATIO, _unheld, 2.0,
          "where the policy goes far, approx_kl over clip_fraction is", "22_ppo"),
     Rule("scores at another temperature", _RATIO, _offset, 0.004,
          "approx_kl does not fall below", "41_sampling"),
-    Rule("rate too high", ("approx_kl",), np.max, 0.05,
-         "approx_kl goes up to", "36_cartpole"),
-    Rule("bf16 weights", ("approx_kl", "kl"), _stuck, 0.3,
+    Rule("rate too high", _RATIO, _leap, 0.1,
+         "in spite of the clip approx_kl goes up to", "36_cartpole"),
+    Rule("bf16 weights", ("approx_kl", "kl"), _stuck, 0.5,
          "approx_kl over kl, in the second half, is", "40a_pretrained"),
     Rule("value loss with the wrong sign", ("value_loss", "explained_variance"),
-         _critic_climbs, 10.0,
+         _critic_climbs, 5.0,
          "nothing is explained, and value_loss has grown by", "22_ppo"),
     Rule("advantages not centred", ("policy_loss", "entropy"), _mean_of_advantage, 0.5,
          "the mean advantage, in deviations, is", "14_advantage"),
-    Rule("reward hacking", ("reward", "success"), _paid_for_less, 0.12,
+    Rule("reward hacking", ("reward", "success"), _paid_for_less, 0.17,
          "the reward has risen, and success has fallen by", "43_rewards", 6),
     Rule("wrong KL sign", ("kl",), lambda kl: _ends(kl)[1], 1.0,
          "the divergence from the reference, nats a token, is", "44_kl"),

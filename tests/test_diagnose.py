@@ -20,7 +20,7 @@ from po_book.diagnose import (
 
 TOLD = {"rate × 30": "rate too high", "clip 10": "clip too wide"}
 UNSEEN = {"GRPO: advantages not centred", "GRPO: wrong KL sign (β .04)"}  # as the page says
-WRITING = 3  # seeds that were looked at
+WRITING = 1  # seeds that were looked at
 
 
 def log(n=12, **columns):
@@ -63,7 +63,7 @@ MARKS = [
     ("advantages not centred", dict(policy_loss=0.9), 1.5),
     ("reward hacking", dict(success=lambda t: 0.5 - 0.4 * t), 0.327),
     ("wrong KL sign", dict(kl=lambda t: 3.3 * t), 3.0),
-    ("episode ends ignored", dict(value_loss=lambda t: 20 * 0.001**t, explained_variance=0), 6.58),
+    ("episode ends ignored", dict(value_loss=lambda t: 20 * 1e-4**t, explained_variance=0), 12.3),
 ]  # fmt: skip
 
 
@@ -165,14 +165,14 @@ def test_a_log_of_stable_baselines3(form, rate, named, tmp_path):
     sb3 = pytest.importorskip("stable_baselines3")
     from stable_baselines3.common.logger import configure
 
-    model = sb3.PPO("MlpPolicy", "CartPole-v1", n_steps=256, n_epochs=4, learning_rate=rate,
+    model = sb3.PPO("MlpPolicy", "CartPole-v1", n_steps=128, n_epochs=4, learning_rate=rate,
                     seed=0, device="cpu")  # fmt: skip
     model.set_logger(configure(str(tmp_path), [form]))
-    model.learn(256 * 13)
+    model.learn(128 * 13)
     rows = read_rows(tmp_path)
     assert len(rows) == 13 and (tmp_path / f"progress.{form}").exists()
     known = {"steps", "approx_kl", "clip_fraction", "value_loss", "explained_variance", "return"}
-    assert known <= rows[-1].keys() and rows[-1]["steps"] == 256 * 13
+    assert known <= rows[-1].keys() and rows[-1]["steps"] == 128 * 13
     assert faults(tmp_path)[:1] == named
 
 
