@@ -251,11 +251,13 @@ class Diagnosis:
     "What a log says, and what it cannot say."
 
     rows: int
+    asked: int  # rules that could speak
     findings: tuple[Finding, ...]  # the likeliest first
     open: dict[str, str]           # faults that were not looked for, and why
 
     def __str__(self) -> str:
-        found = [f"likely {x}" for x in self.findings] or ["no fault is seen"]
+        silent = "no fault is seen" if self.asked else "nothing can be said"
+        found = [f"likely {x}" for x in self.findings] or [silent]
         missed = [f"not looked for: {name} ({why})" for name, why in self.open.items()]
         return "\n".join([f"{self.rows} rows", *found, *missed])
 
@@ -287,16 +289,16 @@ def diagnose(
     have = {name for row in rows for name in row}
     rule = f"a log with some of {', '.join(sorted(known))}"
     require(known & have, "source", rule, f"{len(rows)} rows with {sorted(have)}")
-    findings, missed, asked = [], {}, set()
+    findings, missed, asked = [], {}, []
     for rule in rules:
         columns = _columns(rows, rule.needs)
         if why := _missing(rule, columns):
             missed.setdefault(rule.fault, why)
             continue
-        asked.add(rule.fault)
+        asked.append(rule.fault)
         x = rule.measure(*columns)
         if x > rule.limit:
             evidence = f"{rule.says} {x:.3g}, above {rule.limit:g}"
             findings.append(Finding(rule.fault, evidence, rule.page))
     missed = {fault: why for fault, why in missed.items() if fault not in asked}
-    return Diagnosis(len(rows), tuple(findings), missed)
+    return Diagnosis(len(rows), len(asked), tuple(findings), missed)

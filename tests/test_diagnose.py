@@ -45,7 +45,8 @@ HEALTHY = dict(
 
 def test_a_healthy_log_is_passed_over_in_silence_with_every_rule_asked():
     report = diagnose(log(**HEALTHY))
-    assert report.findings == () and report.open == {} and report.rows == 12
+    assert report.findings == () and report.open == {}
+    assert report.rows == 12 and report.asked == len(RULES)
     assert str(report) == "12 rows\nno fault is seen"
 
 
@@ -108,7 +109,13 @@ def test_three_rows_say_little_and_the_report_says_what():
     assert [x.fault for x in report.findings] == ["dead groups"]
     assert report.open["no mask"] == "needs 10 rows, has 3"
     assert report.open["advantages not centred"] == "needs policy_loss, entropy"
-    assert "not looked for: no mask (needs 10 rows, has 3)" in str(report)
+    assert "not looked for: no mask (needs 10 rows, has 3)" in str(report) and report.asked == 1
+
+
+def test_where_no_rule_can_speak_nothing_is_called_healthy():
+    report = diagnose(log(3, approx_kl=0.01))
+    assert str(report).startswith("3 rows\nnothing can be said\nnot looked for: ")
+    assert len(report.open) == len({rule.fault for rule in RULES})
 
 
 @pytest.mark.parametrize("rows", [[], [{}], [{"epoch": 1, "accuracy": 0.9}], [{"approx_kl": "high"}]])
