@@ -2,11 +2,14 @@
 
 import csv
 import json
+import sys
 from collections import Counter
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 from po_book.diagnose import (
@@ -17,6 +20,9 @@ from po_book.diagnose import (
     read_rows,
     target_variance,
 )
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import broken_runs  # noqa: E402
 
 TOLD = {"rate × 30": "rate too high", "clip 10": "clip too wide"}
 UNSEEN = {"GRPO: advantages not centred", "GRPO: wrong KL sign (β .04)"}  # as the page says
@@ -241,7 +247,7 @@ def test_nine_of_ten_faults_are_found_in_seeds_that_were_not_looked_at(named):
     held_out = {x: found for x, found in named.items()
                 if x[1] and x[2] >= WRITING and x[0] not in UNSEEN}  # fmt: skip
     found = sum(named == fault for (_, fault, _), named in held_out.items())
-    assert len(held_out) >= 30 and found >= 0.9 * len(held_out)
+    assert len(held_out) >= 28 and found >= 0.9 * len(held_out)
 
 
 def test_nineteen_of_twenty_healthy_runs_are_passed_over(named):
@@ -252,3 +258,53 @@ def test_nineteen_of_twenty_healthy_runs_are_passed_over(named):
 def test_what_the_page_calls_unseen_is_not_seen(named):
     found = [named[x] == x[1] for x in named if x[0] in UNSEEN]
     assert found and np.mean(found) < 0.5
+
+
+VARIANTS = broken_runs.VARIANTS
+
+
+def test_a_fault_changes_what_its_name_says_and_nothing_else():
+    "A setting, or a line that is put in the place of another; the rest is the healthy run's."
+    setting = {
+        "PPO: rate × 30": {"lr": 0.105},
+        "PPO: clip 10": {"clip": 0.99, "clip_high": 10.0},
+        "GRPO: rate × 30": {"lr": 0.03},
+        "GRPO: scores at another temperature": {"temperature": 0.6},
+    }
+    healthy = {"GRPO: wrong KL sign": "GRPO, β 1", "GRPO: bf16 weights": "GRPO, rate / 30"}
+    for name, broken in VARIANTS.items():
+        method, _, fault = name.partition(": ")
+        base = VARIANTS[healthy.get(name, method)]
+        changes = {**base.changes, **setting.get(name, {})}
+        more = {"sampler mismatch": "sampler", "dead groups": "task", "reward hacking": "reward"}
+        own = {more[fault]: getattr(broken, more[fault])} if fault in more else {}
+        rest = replace(base, changes=pytest.approx(changes), broken=broken.broken, **own)
+        assert rest == broken, name
+        patched = broken.broken is not base.broken
+        assert not fault or patched != (name in setting or fault in more) or "temperature" in fault
+
+
+def test_what_is_put_in_the_place_of_a_line_does_what_it_is_called():
+    assert broken_runs.minus(lambda x, y: x + y)(2, y=3) == -5
+    assert broken_runs.climbing(lambda x, value_coef: (x, value_coef))(1, value_coef=0.5) == (1, -0.5)
+    assert broken_runs.ones([], ["1,21", "", "79"]) == [0.5, 0, 0]
+    x = torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(broken_runs.divided(None)(None, x), x / 2**0.5)
+    assert broken_runs.rounded(None)(torch.nn.Linear(1, 1)).weight.dtype == torch.bfloat16
+
+
+def test_padding_counts_and_ends_do_not_where_a_fault_says_so():
+    @dataclass
+    class Ends:
+        terminated: torch.Tensor
+        truncated: torch.Tensor
+
+    ends = Ends(*torch.tensor([[True, False], [False, True]]))
+    seen = broken_runs.endless(lambda policy, rollout: rollout)(None, ends)
+    assert not seen.terminated.any() and not seen.truncated.any() and ends.terminated.any()
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    table = {"mask": mask, "attention_mask": mask | torch.tensor([True, False, False]),
+             "advantages": torch.tensor([[0.0, 2, 2], [0, -1, 0]])}  # fmt: skip
+    wide = broken_runs.unmasked(lambda table: table)(table)
+    assert wide["mask"].tolist() == [[False, True, True]] * 2 and wide["attention_mask"].all()
+    assert wide["advantages"].tolist() == [[0, 2, 2], [0, -1, -1]]
