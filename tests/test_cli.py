@@ -24,6 +24,7 @@ from po_book import cli, lm_job
 from po_book.checkpoint import lock_folder
 from po_book.cli import LANGUAGE, main
 from po_book.credit import Group
+from po_book.diagnose import diagnose
 from po_book.language_model import char_tokenizer, tiny_lm
 from po_book.lm_job import RowOptions, load_reward, load_task, read_language
 from po_book.lm_learner import default_lm_config, tiny_config
@@ -81,7 +82,7 @@ def comment_of(config: type, name: str) -> str:
 def test_help_lists_the_commands_and_train_lists_the_algorithms(capsys):
     assert run("--help") == 0
     overview = capsys.readouterr().out
-    assert all(name in overview for name in ("train", "evaluate", "plot", "resume"))
+    assert all(name in overview for name in ("train", "evaluate", "plot", "diagnose", "resume"))
     assert run("train --help") == 0
     listed = capsys.readouterr().out
     for what, names in {"--env": ALGORITHMS, "--task": LANGUAGE}.items():
@@ -661,6 +662,14 @@ def test_a_picture_is_drawn_whole_or_stays_as_it_was(here, capsys):
         assert picture.format == "PNG"
 
 
+def test_a_real_run_is_diagnosed(trained, capsys):
+    assert run(f"diagnose {trained}") == 0
+    said = capsys.readouterr().out
+    assert said == f"{diagnose(trained)}\n" and "not looked for: dead groups (needs" in said
+    assert run(f"diagnose {trained / 'log.csv'}") == 0
+    assert capsys.readouterr().out == said
+
+
 def test_a_real_run_is_plotted(trained, here):
     assert run(f"plot {trained} --key approx_kl --out curve.png") == 0
     with Image.open("curve.png") as picture:
@@ -827,8 +836,8 @@ def spoken_facts() -> dict[str, dict]:
 @pytest.mark.parametrize(
     "line, code, complaint",
     [
-        ("", 2, "Expected one of {train, evaluate, plot, resume}"),
-        ("fly", 2, "Available subcommands: train, evaluate, plot, resume"),
+        ("", 2, "Expected one of {train, evaluate, plot, diagnose, resume}"),
+        ("fly", 2, "Available subcommands: train, evaluate, plot, diagnose, resume"),
         ("train ppa --env CartPole-v1", 2, "Available subcommands: reinforce, a2c"),
         ("train ppo", 2, "--env STR"),
         ("train ppo --env", 2, "--env"),
@@ -903,6 +912,10 @@ def spoken_facts() -> dict[str, dict]:
         ("plot empty", 1, "empty has 0 of return; its log has nothing"),
         ("plot uncounted", 1, "uncounted/log.csv must be a log with steps, got none"),
         ("plot good --out x.abc", 1, "abc"),
+        ("diagnose", 2, "folder of a run, or a file with its log"),
+        ("diagnose nowhere", 1, "nowhere holds no log yet: there is none of log.csv"),
+        ("diagnose unlogged", 1, "unlogged holds no log yet: there is none of log.csv"),
+        ("diagnose empty", 1, "source must be a log with some of approx_kl"),
         ("plot good --out no/x.svg", 1, "no/x.svg"),
     ],
 )
