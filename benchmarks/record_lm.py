@@ -62,11 +62,8 @@ def preset(name: str, **choices) -> Objective:
     return replace(PRESETS[name], **choices)
 
 
-METHODS = tiny_config(steps=80, max_new_tokens=24, eval_every=10, eval_prompts=500)
+METHODS = tiny_config(steps=60, max_new_tokens=24, eval_every=10, eval_prompts=500)
 SHORT = replace(METHODS, steps=40)
-LONG = replace(
-    METHODS, steps=700, eval_every=25, epochs=1, minibatches=2, lr=1.5e-4, warmup=10
-)
 HARD = replace(METHODS, steps=50, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
@@ -80,10 +77,12 @@ RECORDS = {
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
         # Fewer steps, for as many samples: it draws groups again.
-        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=56)),
+        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=42)),
     }),
     "grpo_long": LMRecord(ADDITION, 3, {
-        "Dr. GRPO": Variant(preset("dr-grpo"), LONG),
+        "GRPO": Variant(
+            preset("grpo", kl=NoReference()), replace(METHODS, steps=600, eval_every=25)
+        ),
     }, threads=2),
     "lm_ablation": LMRecord(ChainAddition(3, 7), 8, {
         "naive GRPO": Variant(NAIVE, HARD),
