@@ -63,6 +63,9 @@ def preset(name: str, **choices) -> Objective:
 
 
 METHODS = tiny_config(steps=60, max_new_tokens=24, eval_every=10, eval_prompts=500)
+LONG = tiny_config(
+    steps=700, max_new_tokens=16, eval_every=25, eval_prompts=500, overlong_cache=0
+)
 SHORT = replace(METHODS, steps=40)
 HARD = replace(METHODS, steps=50, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
@@ -80,9 +83,7 @@ RECORDS = {
         "DAPO": Variant(preset("dapo"), replace(METHODS, steps=42)),
     }),
     "grpo_long": LMRecord(ADDITION, 3, {
-        "GRPO": Variant(
-            preset("grpo", kl=NoReference()), replace(METHODS, steps=600, eval_every=25)
-        ),
+        "GRPO": Variant(preset("grpo", kl=NoReference()), LONG),
     }, threads=2),
     "lm_ablation": LMRecord(ChainAddition(3, 7), 8, {
         "naive GRPO": Variant(NAIVE, HARD),
