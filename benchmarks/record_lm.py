@@ -80,7 +80,7 @@ RECORDS = {
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
         # Fewer steps, for as many samples: it draws groups again.
-        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=42)),
+        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=51)),
     }),
     "grpo_long": LMRecord(ADDITION, 3, {
         "GRPO": Variant(preset("grpo", kl=NoReference()), LONG),
