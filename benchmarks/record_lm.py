@@ -62,30 +62,30 @@ def preset(name: str, **choices) -> Objective:
     return replace(PRESETS[name], **choices)
 
 
-METHODS = tiny_config(
-    steps=250, max_new_tokens=16, eval_every=10, eval_prompts=500, overlong_cache=0
+METHODS = tiny_config(steps=60, max_new_tokens=24, eval_every=10, eval_prompts=500)
+LONG = tiny_config(
+    steps=700, max_new_tokens=16, eval_every=25, eval_prompts=500, overlong_cache=0
 )
-SHORT = tiny_config(steps=40, max_new_tokens=24, eval_every=10, eval_prompts=500)
-HARD = replace(METHODS, steps=60, eval_samples=4, eval_prompts=200)
+SHORT = replace(METHODS, steps=40)
+HARD = replace(METHODS, steps=50, eval_samples=4, eval_prompts=200)
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
-SOFT = replace(HARD, overlong_cache=4)
+SOFT = replace(FILTER, overlong_cache=4)
 HIGHER = replace(NAIVE, trust=Clip(0.2, 0.28))
 TOKEN = replace(HIGHER, aggregation=Aggregation("token"))
 RECORDS = {
-    "lm_methods": LMRecord(ADDITION, 3, {
+    "lm_methods": LMRecord(ADDITION, 8, {
         "PPO": Variant(preset("rlhf-ppo"), METHODS),
         "RLOO": Variant(preset("rloo", trust=Clip()), METHODS),
         "GRPO": Variant(preset("grpo"), METHODS),
         "Dr. GRPO": Variant(preset("dr-grpo"), METHODS),
-        "DAPO": Variant(preset("dapo", overlong=0.0), METHODS),
-    }, steps=420, lr=1e-3),
+        # Fewer steps, for as many samples: it draws groups again.
+        "DAPO": Variant(preset("dapo"), replace(METHODS, steps=51)),
+    }),
     "grpo_long": LMRecord(ADDITION, 3, {
-        "GRPO": Variant(
-            preset("grpo", kl=NoReference()), replace(METHODS, steps=700, eval_every=25)
-        ),
+        "GRPO": Variant(preset("grpo", kl=NoReference()), LONG),
     }, threads=2),
-    "lm_ablation": LMRecord(ChainAddition(3, 7), 3, {
+    "lm_ablation": LMRecord(ChainAddition(3, 7), 8, {
         "naive GRPO": Variant(NAIVE, HARD),
         "+ overlong filtering": Variant(NAIVE, FILTER),
         "+ clip-higher": Variant(HIGHER, FILTER),
@@ -94,7 +94,7 @@ RECORDS = {
         "+ dynamic sampling": Variant(
             replace(TOKEN, selection=Informative()), SOFT
         ),
-    }, steps=420, lr=1e-3),
+    }),
     "rlhf_beta": LMRecord(ADDITION, 8, {
         f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), SHORT)
         for beta in (0.0, 0.1, 1.0)

@@ -38,10 +38,6 @@ def records(tmp_path, monkeypatch):
     quotes.rows.cache_clear()
 
 
-# Pages whose numbers beside records are still to be marked; add none.
-TO_BE_MARKED = {"49_small_lm"}
-
-
 def cells(path):
     return json.loads(path.read_text("utf-8"))["cells"]
 
@@ -53,9 +49,7 @@ def test_a_number_that_is_marked_is_that_of_its_record(path):
     assert not [*filter(None, found)]
 
 
-@pytest.mark.parametrize(
-    "path", [x for x in NOTEBOOKS if x.stem not in TO_BE_MARKED], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_number_beside_a_record_is_marked(path):
     given = known(cells(path))
     assert not [x for text in beside(cells(path)) for x in unmarked(text, given)]

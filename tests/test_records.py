@@ -5,11 +5,13 @@ import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache
+from itertools import pairwise
 from types import SimpleNamespace
 
 import po_book.learner
 import po_book.train
 import pytest
+import quotes
 import torch
 
 from conftest import ROOT
@@ -244,13 +246,14 @@ def test_a_run_with_normalised_rewards_learns_from_other_numbers(name, monkeypat
 
 LM = record_lm.RECORDS
 PRESET = {"PPO": "rlhf-ppo", "RLOO": "rloo", "GRPO": "grpo", "Dr. GRPO": "dr-grpo", "DAPO": "dapo"}
-UNLIKE = {"RLOO": {"trust"}, "DAPO": {"overlong"}}  # as the page says
+UNLIKE = {"RLOO": {"trust"}}  # as the page says
 
 
 @pytest.mark.parametrize("name", LM["lm_methods"].variants)
 def test_a_method_is_the_preset_of_its_name(name):
     variant, preset = LM["lm_methods"].variants[name], PRESETS[PRESET[name]]
-    assert variant.config == LM["lm_methods"].variants["PPO"].config
+    config = LM["lm_methods"].variants["PPO"].config
+    assert variant.config == replace(config, steps=51 if name == "DAPO" else 60)
     unlike = {key for key, x in vars(preset).items() if getattr(variant.objective, key) != x}
     assert unlike == UNLIKE.get(name, set())
 
@@ -258,6 +261,25 @@ def test_a_method_is_the_preset_of_its_name(name):
 def test_the_long_run_is_grpo_without_a_divergence():
     (variant,) = LM["grpo_long"].variants.values()
     assert variant.objective == replace(PRESETS["grpo"], kl=NoReference())
+
+
+def test_methods_are_compared_at_equal_samples():
+    drawn = quotes.OF_RECORDS["whole"]("lm_methods", "DAPO", "drawn_groups").mean()
+    assert 51 * drawn == pytest.approx(60 * 32, rel=0.02)
+
+
+def test_a_row_of_the_ablation_has_one_change_more():
+    "And keeps those of the rows above."
+    said = [
+        {f"{part}.{key}": x for part, of in vars(v).items() for key, x in vars(of).items()}
+        for v in LM["lm_ablation"].variants.values()
+    ]
+    changed = [{key for key in a if a[key] != b[key]} for a, b in pairwise(said)]
+    assert changed == [
+        {"config.drop_truncated"}, {"objective.trust"}, {"config.overlong_cache"},
+        {"objective.aggregation"}, {"objective.selection"},
+    ]  # fmt: skip
+    assert {key for key in said[0] if said[0][key] != said[-1][key]} == set().union(*changed)
 
 
 @pytest.mark.parametrize("record", ["rlhf_beta", "rlhf_learnt"])
