@@ -74,10 +74,8 @@ def findings(docname: str, notebook: NotebookNode, known: dict[str, str]):
 
 
 def told(found: list[Finding]) -> list[Finding]:
-    "Checks, and sentences of those sections that have no check."
-    checks = [x for x in found if x.verdict]
-    checked = {x[:2] for x in checks}
-    return checks + [x for x in dict.fromkeys(found) if not x.verdict and x[:2] not in checked]
+    "Its checks; where there are none, the sections that settle it in words."
+    return [x for x in found if x.verdict] or list(dict.fromkeys(found))
 
 
 def row(*columns: str) -> list[str]:
