@@ -11,6 +11,12 @@ NOT_FOUND = """<h1>Page not found</h1>
 <p>Chapters may have been renamed. <a href="/{0}/">The book starts here</a>,
 and <a href="/{0}/search.html">the search</a> knows every page.</p>"""
 
+SITEMAP = """<?xml version="1.0" encoding="utf-8"?>
+<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">
+{}
+</urlset>
+"""
+
 
 def set_links(app: Sphinx, config: Config) -> None:
     parser = ConfigParser(delimiters=["="])
@@ -34,7 +40,17 @@ def set_links(app: Sphinx, config: Config) -> None:
     }
 
 
+def write_sitemap(app: Sphinx, error: Exception | None) -> None:
+    "The address of every page, also of those that this build did not write anew."
+    if error or app.builder.format != "html":
+        return
+    pages = [f"{app.config.html_baseurl}{name}.html" for name in sorted(app.env.found_docs)]
+    listed = "\n".join(f"<url><loc>{page}</loc></url>" for page in pages)
+    Path(app.outdir, "sitemap.xml").write_text(SITEMAP.format(listed), encoding="utf-8")
+
+
 def setup(app: Sphinx) -> dict:
     # Before the theme and sphinx-notfound-page look at the configuration.
     app.connect("config-inited", set_links, priority=1)
+    app.connect("build-finished", write_sitemap)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
