@@ -242,7 +242,7 @@ def rows(variant: str, folder: Path, seed: int) -> list[dict]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    every, seeds = [], f"seeds 0 to {SEEDS - 1}, of healthy runs 0 to {HEALTHY - 1}"
+    every = []
     with TemporaryDirectory() as folder:
         teach(Path(folder))
         for seed in range(SEEDS):
@@ -253,6 +253,7 @@ def main() -> None:
             # After every seed, so that an interrupted run keeps what it has.
             columns = list(dict.fromkeys(key for row in every for key in row))
             table = [[written(row.get(key, "")) for key in columns] for row in every]
+            seeds = f"seeds 0 to {seed}, of healthy runs 0 to {min(seed, HEALTHY - 1)}"
             record("broken_runs", columns, table, seeds=seeds)
 
 

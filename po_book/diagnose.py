@@ -136,24 +136,24 @@ def _per_clipped(kl: np.ndarray, clipped: np.ndarray) -> np.ndarray:
     "Divergence over the share of ratios outside the clip, where there is a clip."
     return kl / (clipped + 0.002) if clipped.max() > 0 else np.zeros_like(kl)
 
-
+# %% ../nbs/51_logs.ipynb #abc5f4ed
 def _offset(kl: np.ndarray, clipped: np.ndarray) -> float:
     "What the divergence does not fall below, if it is of few ratios; else 0."
     few = np.median(_per_clipped(kl, clipped)) > 0.12
     return np.quantile(kl, 0.1) if few else 0.0
 
-
+# %% ../nbs/51_logs.ipynb #829db1e1
 def _unheld(kl: np.ndarray, clipped: np.ndarray) -> float:
     "Divergence over clipped share, of three iterations or more that went far."
     far = _per_clipped(kl, clipped)[kl > 0.05]
     return np.median(far) if len(far) > 2 else 0.0
 
-
+# %% ../nbs/51_logs.ipynb #278fd286
 def _leap(kl: np.ndarray, clipped: np.ndarray) -> float:
     "The largest divergence, if there is a clip; else 0."
     return kl.max() if clipped.max() > 0 else 0.0
 
-
+# %% ../nbs/51_logs.ipynb #961e7dd9
 def _stuck(kl: np.ndarray, kl_ref: np.ndarray) -> float:
     "Divergence of an iteration over that from the reference, in the second half."
     half = len(kl) // 2
@@ -164,13 +164,13 @@ def _ends(x: np.ndarray, n: int = 3) -> tuple[float, float]:
     "Medians of the first and of the last few."
     return float(np.median(x[:n])), float(np.median(x[-n:]))
 
-
+# %% ../nbs/51_logs.ipynb #7f6605a4
 def _critic_climbs(loss: np.ndarray, explained: np.ndarray) -> float:
     "Last value loss over the first, if the critic explains nothing; else 0."
     first, last = _ends(loss)
     return last / max(first, 1e-12) if np.median(explained[-3:]) < 0.1 else 0.0
 
-
+# %% ../nbs/51_logs.ipynb #e2e2b414
 def _targets_alike(
     returns: np.ndarray, loss: np.ndarray, explained: np.ndarray
 ) -> float:
@@ -179,7 +179,7 @@ def _targets_alike(
     first, last = _ends(target_variance(loss, explained)[early])
     return first / max(last, 1e-12)
 
-
+# %% ../nbs/51_logs.ipynb #258a3c3e
 def _mean_of_advantage(loss: np.ndarray, entropy: np.ndarray) -> float:
     "Its size, the median over the run."
     return abs(float(np.median(mean_advantage(loss, entropy))))
