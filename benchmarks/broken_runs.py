@@ -10,13 +10,13 @@ variant is a method, healthy, or with its fault behind a colon. The limits of
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
+from engine import Stale
 from provenance import record
 from recording import written
 
@@ -30,8 +30,6 @@ from po_book.lm_learner import LMConfig, tiny_config
 from po_book.objective import PRESETS
 from po_book.pretrained import load_lm, save_lm
 from po_book.rollout import Rollout
-from po_book.samplers import Completion
-from po_book.sampling import sample
 from po_book.tasks import ChainAddition, sft
 from po_book.terms import InLoss
 from po_book.train import default_config, train
@@ -145,23 +143,6 @@ def uncentred(weigh: Callable) -> Callable:
 def rounded(masters: Callable) -> Callable:
     "Weights that keep eight bits."
     return lambda model: model.bfloat16()
-
-
-class Stale:
-    "A sampler that keeps the weights that it began with."
-
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = deepcopy(model), tokenizer
-
-    def load(self, model) -> None:
-        pass
-
-    def __call__(self, prompts, request) -> list[Completion]:
-        draws = torch.Generator().manual_seed(request.seed)
-        size = request.group_size, request.max_new_tokens, request.temperature
-        drawn = sample(self.model, self.tokenizer, prompts, *size, generator=draws)
-        columns = drawn.ids, drawn.logps, drawn.mask, drawn.finished.tolist()
-        return [Completion(x[m].tolist(), p[m].tolist(), f) for x, p, m, f in zip(*columns)]
 
 
 def ones(prompts: list, completions: list[str], **columns) -> list[float]:
