@@ -22,6 +22,7 @@ from recording import written
 
 import po_book.learner
 import po_book.lm_learner
+import po_book.memory
 import po_book.train
 import po_book.train_lm
 from po_book.credit import Group
@@ -117,6 +118,21 @@ def endless(make: Callable) -> Callable:
     return batch
 
 
+def ascending(loss: Callable) -> Callable:
+    "A loss of DQN that is made larger; what is logged stays the loss."
+
+    def climb(*x) -> tuple[torch.Tensor, dict]:
+        value_loss, metrics = loss(*x)
+        return -value_loss, metrics
+
+    return climb
+
+
+def beyond(target: Callable) -> Callable:
+    "Targets that go on behind the end of an episode."
+    return lambda r, v, end, gamma: target(r, v, torch.zeros_like(end), gamma)
+
+
 def divided(normalize: Callable) -> Callable:
     "Advantages over their deviation, with their mean."
     return lambda group, x, mask=None: x / x.std()
@@ -150,8 +166,13 @@ def ones(prompts: list, completions: list[str], **columns) -> list[float]:
     return [text.count("1") / max(1, len(text)) for text in completions]
 
 
+def faster(method: str, env: str = "CartPole-v1") -> dict:
+    "Thirty times the learning rate."
+    return dict(lr=30 * default_config(method, env).lr)
+
+
 PPO = dict(total_steps=16_000)
-RATE = dict(lr=30 * default_config("ppo", "CartPole-v1").lr, **PPO)
+SHORT, SPREAD = dict(total_steps=6_000), "mpe2/simple_spread-v3"
 NEAR = dict(kl=InLoss(1.0))
 SLOW = dict(lr=TINY.lr / 30)
 KL = dict(kl_coef=1.0, kl_target=0.01, clip=None, **PPO)
@@ -164,6 +185,11 @@ VARIANTS: dict[str, Control | Language] = {
     "PPO, constant": Control("ppo", changes=PPO | dict(anneal=False)),
     "PPO-KL": Control("ppo", changes=KL),
     "PPO, Acrobot": Control("ppo", "Acrobot-v1", PPO),
+    "DQN": Control("dqn", changes=PPO),
+    "DDPG": Control("ddpg", "Pendulum-v1", SHORT),
+    "IPPO": Control("ippo", SPREAD, PPO),
+    "MAPPO": Control("mappo", SPREAD, PPO),
+    "HAPPO": Control("happo", SPREAD, PPO),
     "PPO, language": Language("rlhf-ppo"),
     "RLOO": Language("rloo"),
     "GRPO": Language("grpo"),
@@ -172,11 +198,18 @@ VARIANTS: dict[str, Control | Language] = {
     "GRPO, rate / 30": Language("grpo", SLOW),
     "Dr. GRPO": Language("dr-grpo"),
     "DAPO": Language("dapo"),
+    "REINFORCE++": Language("reinforce++"),
+    "MaxRL": Language("maxrl"),
+    "GSPO": Language("gspo"),
+    "GMPO": Language("gmpo"),
+    "CISPO": Language("cispo"),
+    "SAPO": Language("sapo"),
+    "DPPO": Language("dppo"),
     # broken
     "PPO-KL: wrong KL sign": Control(
         "ppo", changes=KL, broken=swapped(po_book.train, "approx_kl", minus)
     ),
-    "PPO: rate × 30": Control("ppo", changes=RATE),
+    "PPO: rate × 30": Control("ppo", changes=PPO | faster("ppo")),
     "PPO: clip 10": Control("ppo", changes=PPO | dict(clip=0.99, clip_high=10.0)),
     "PPO: value loss with the wrong sign": Control(
         "ppo", changes=PPO, broken=swapped(po_book.train, "ppo_loss", climbing)
@@ -186,6 +219,19 @@ VARIANTS: dict[str, Control | Language] = {
     ),
     "A2C: advantages not centred": Control(
         "a2c", changes=PPO, broken=swapped(po_book.learner.Alone, "normalize", divided)
+    ),
+    "DQN: rate × 30": Control("dqn", changes=PPO | faster("dqn")),
+    "DQN: value loss with the wrong sign": Control(
+        "dqn", changes=PPO, broken=swapped(po_book.memory, "dqn_loss", ascending)
+    ),
+    "DQN: episode ends ignored": Control(
+        "dqn", changes=PPO, broken=swapped(po_book.memory, "td_target", beyond)
+    ),
+    "DDPG: rate × 30": Control(
+        "ddpg", "Pendulum-v1", SHORT | faster("ddpg", "Pendulum-v1")
+    ),
+    "DDPG: value loss with the wrong sign": Control(
+        "ddpg", "Pendulum-v1", SHORT, swapped(po_book.memory, "mse_loss", minus)
     ),
     "GRPO: wrong KL sign": Language(
         "grpo", choices=NEAR, broken=swapped(InLoss, "price", minus)
