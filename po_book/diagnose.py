@@ -174,8 +174,11 @@ def _critic_climbs(loss: np.ndarray, explained: np.ndarray) -> float:
 def _targets_alike(
     returns: np.ndarray, loss: np.ndarray, explained: np.ndarray
 ) -> float:
-    "First variance of targets over that when little has been earned yet."
-    early = returns <= returns[0] + 0.4 * (returns.max() - returns[0])
+    "First variance of targets over that before much is earned, if it ever is; else 0."
+    gained = returns.max() - returns[0]
+    early = returns <= returns[0] + 0.4 * gained
+    if gained < abs(returns[0]) / 2:  # targets also settle where nothing is learnt
+        return 0.0
     first, last = _ends(target_variance(loss, explained)[early])
     return first / max(last, 1e-12)
 
@@ -183,6 +186,22 @@ def _targets_alike(
 def _mean_of_advantage(loss: np.ndarray, entropy: np.ndarray) -> float:
     "Its size, the median over the run."
     return abs(float(np.median(mean_advantage(loss, entropy))))
+
+# %% ../nbs/51_logs.ipynb #24f777c7
+def _late(x: np.ndarray) -> float:
+    "Median of the second half."
+    return float(np.median(x[len(x) // 2 :]))
+
+# %% ../nbs/51_logs.ipynb #15bc6e99
+def _error_of_values(loss: np.ndarray, q: np.ndarray) -> float:
+    "Size of the value loss over the square of the values, in the second half."
+    return _late(np.abs(loss) / np.maximum(q**2, 1e-12))
+
+# %% ../nbs/51_logs.ipynb #1ee67e5f
+def _above_returns(q: np.ndarray, returns: np.ndarray) -> float:
+    "Values over the best return so far, in the second half, if it is positive; else 0."
+    best = np.maximum.accumulate(returns)
+    return _late(q / best) if best[0] > 0 else 0.0
 
 # %% ../nbs/51_logs.ipynb #431b2a86
 def _paid_for_less(reward: np.ndarray, success: np.ndarray) -> float:
@@ -194,11 +213,6 @@ def _paid_for_less(reward: np.ndarray, success: np.ndarray) -> float:
 def _dead_from_the_start(dead: np.ndarray) -> float:
     "Share of dead groups in the first five rows."
     return float(np.median(dead[:5]))
-
-
-def _late(x: np.ndarray) -> float:
-    "Median of the second half."
-    return float(np.median(x[len(x) // 2 :]))
 
 # %% ../nbs/51_logs.ipynb #6fcba2ea
 _RATIO = "approx_kl", "clip_fraction"
@@ -222,6 +236,10 @@ RULES: tuple[Rule, ...] = (
     Rule("value loss with the wrong sign", ("value_loss", "explained_variance"),
          _critic_climbs, 5.0,
          "nothing is explained, and value_loss has grown by", "22_ppo"),
+    Rule("value loss with the wrong sign", ("value_loss", "q"), _error_of_values, 0.05,
+         "in values squared, value_loss is", "15_value_based"),
+    Rule("episode ends ignored", ("q", "return"), _above_returns, 3.0,
+         "the mean value over the best return so far is", "15_value_based"),
     Rule("advantages not centred", ("policy_loss", "entropy"), _mean_of_advantage, 0.5,
          "the mean advantage, in deviations, is", "14_advantage"),
     Rule("reward hacking", ("reward", "success"), _paid_for_less, 0.17,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from po_book.language_model import tiny_lm
 from po_book.diagnose import (
     RULES,
     Rule,
@@ -25,7 +26,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import broken_runs  # noqa: E402
 
 TOLD = {"rate × 30": "rate too high", "clip 10": "clip too wide"}
-UNSEEN = {"GRPO: advantages not centred", "GRPO: wrong KL sign (β .04)"}  # as the page says
+UNSEEN = {  # as the page says
+    "GRPO: advantages not centred", "GRPO: wrong KL sign (β .04)",
+    "DQN: rate × 30", "DDPG: rate × 30",
+}  # fmt: skip
 WRITING = 1  # seeds that were looked at
 
 
@@ -45,7 +49,7 @@ HEALTHY = dict(
     approx_kl=lambda t: 0.02 * (1 - t), clip_fraction=lambda t: 0.2 * (1 - t), entropy=0.6,
     value_loss=lambda t: 20 - 15 * t, explained_variance=lambda t: 0.9 * t, policy_loss=0.01,
     kl_coef=0.5, kl=lambda t: 0.3 * t, dead_groups=0.3, mismatch=0.01,
-    reward=lambda t: 0.2 + 0.3 * t, success=lambda t: 0.2 + 0.3 * t,
+    reward=lambda t: 0.2 + 0.3 * t, success=lambda t: 0.2 + 0.3 * t, q=lambda t: 50 * t,
 ) | {"return": lambda t: 20 + 100 * t}  # fmt: skip
 
 
@@ -67,6 +71,9 @@ MARKS = [
     ("bf16 weights", dict(approx_kl=1e-4, kl=1e-4), 1.0),
     ("value loss with the wrong sign", dict(value_loss=lambda t: 10 * 100**t,
                                             explained_variance=-0.01), 43.3),
+    ("value loss with the wrong sign", dict(q=5.0), 0.336),
+    ("value loss with the wrong sign", dict(value_loss=-500.0, q=50.0), 0.2),
+    ("episode ends ignored", dict(q=1000.0), 10.5),
     ("advantages not centred", dict(policy_loss=0.9), 1.5),
     ("reward hacking", dict(success=lambda t: 0.5 - 0.4 * t), 0.327),
     ("wrong KL sign", dict(kl=lambda t: 3.3 * t), 3.0),
@@ -86,7 +93,7 @@ def test_a_mark_is_named_first_with_its_number_and_its_page(fault, change, numbe
 
 
 def test_every_rule_has_a_mark_here_and_a_page_that_is_there():
-    assert Counter(rule.fault for rule in RULES) == Counter(fault for fault, *_ in MARKS)
+    assert {rule.fault for rule in RULES} == {fault for fault, *_ in MARKS}
     assert all((ROOT / "nbs" / f"{rule.page}.ipynb").exists() for rule in RULES)
 
 
@@ -207,6 +214,28 @@ def test_a_log_of_trl(tmp_path):
     assert report == diagnose(history[: report.rows])
 
 
+@pytest.mark.parametrize("pays, named", [(len, []), (lambda text: 0.0, ["dead groups"])])
+def test_a_run_of_trl(pays, named, tokenizer, tmp_path):
+    "Twelve steps of its own trainer, paid for length, and for nothing."
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    config = trl.GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_steps=12,
+        max_completion_length=6, logging_steps=1, save_steps=12, report_to="none",
+        use_cpu=True, bf16=False, disable_tqdm=True,
+    )  # fmt: skip
+    trl.GRPOTrainer(
+        tiny_lm(tokenizer, width=16, layers=1, heads=2),
+        lambda completions, **columns: [float(pays(text)) for text in completions],
+        config,
+        datasets.Dataset.from_dict({"prompt": ["1+2=", "3+4="]}),
+        processing_class=tokenizer,
+    ).train()
+    rows = read_rows(tmp_path)
+    known = {"step", "reward", "length", "dead_groups", "clip_fraction", "entropy", "truncated"}
+    assert len(rows) == 12 and known <= rows[-1].keys()
+    assert 0 < rows[-1]["length"] <= 6 and faults(tmp_path) == named
+
+
 def test_the_names_of_trl_are_those_that_it_logs():
     inspect, trl = pytest.importorskip("inspect"), pytest.importorskip("trl")
     code = inspect.getsource(inspect.getmodule(trl.GRPOTrainer))
@@ -269,6 +298,8 @@ def test_a_fault_changes_what_its_name_says_and_nothing_else():
         "PPO: rate × 30": {"lr": 0.105},
         "PPO: clip 10": {"clip": 0.99, "clip_high": 10.0},
         "GRPO: rate × 30": {"lr": 0.03},
+        "DQN: rate × 30": {"lr": 0.06},
+        "DDPG: rate × 30": {"lr": 0.03},
         "GRPO: scores at another temperature": {"temperature": 0.6},
     }
     healthy = {"GRPO: wrong KL sign": "GRPO, β 1", "GRPO: bf16 weights": "GRPO, rate / 30"}
@@ -287,6 +318,11 @@ def test_a_fault_changes_what_its_name_says_and_nothing_else():
 def test_what_is_put_in_the_place_of_a_line_does_what_it_is_called():
     assert broken_runs.minus(lambda x, y: x + y)(2, y=3) == -5
     assert broken_runs.climbing(lambda x, value_coef: (x, value_coef))(1, value_coef=0.5) == (1, -0.5)
+    log = {"value_loss": torch.tensor(3.0)}
+    assert broken_runs.ascending(lambda batch: (3.0, log))("batch") == (-3.0, log)
+    end = torch.tensor([True, False])
+    went_on = broken_runs.beyond(lambda r, v, end, gamma: (r, v, end.tolist(), gamma))
+    assert went_on(1, 2, end, 0.9) == (1, 2, [False, False], 0.9) and end.any()
     assert broken_runs.ones([], ["1,21", "", "79"]) == [0.5, 0, 0]
     x = torch.tensor([1.0, 3.0])
     torch.testing.assert_close(broken_runs.divided(None)(None, x), x / 2**0.5)
