@@ -3,7 +3,7 @@
 A check keeps verdict, claim, evidence and source beside its output, and a comment in the
 prose names the items that the sentence before it settles. The directive `{ledger} S1` lists
 both for one document, item by item; with `:refuted:` only what is wrong as printed. An item
-that is named nowhere is a warning, which fails the build.
+that is named nowhere is a warning, which fails the build. The role `{checks}` counts.
 """
 
 import csv
@@ -18,8 +18,9 @@ from docutils.statemachine import StringList
 from jupyter_cache import get_cache
 from nbformat import NotebookNode, from_dict
 from parallel_execution import bridged
+from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
-from sphinx.util.docutils import SphinxDirective
+from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,30 @@ def row(*columns: str) -> list[str]:
     return [f"{'  ' if i else '* '}- {text}" for i, text in enumerate(columns)]
 
 
+def executed(env: BuildEnvironment, docname: str) -> NotebookNode | None:
+    "A chapter with its outputs, or a page of prose; nothing where a chapter failed."
+    env.note_dependency(env.doc2path(docname))
+    path = Path(env.doc2path(docname))
+    if path.suffix != ".ipynb":
+        prose = {"cell_type": "markdown", "source": path.read_text(encoding="utf-8")}
+        return from_dict({"cells": [prose]})
+    cache = get_cache(env.mystnb_config.execution_cache_path or ".jupyter_cache")
+    try:
+        return cache.merge_match_into_notebook(bridged(env.app, docname))[1]
+    except KeyError:
+        return None
+
+
+class Checks(SphinxRole):
+    "How many checks of the book end with this verdict."
+
+    def run(self) -> tuple[list[nodes.Node], list]:
+        books = filter(None, (executed(self.env, name) for name in sorted(self.env.found_docs)))
+        outputs = (x for book in books for cell in book.cells for x in cell.get("outputs", []))
+        verdicts = [x.get("metadata", {}).get("po_book", {}).get("verdict") for x in outputs]
+        return [nodes.Text(f"{verdicts.count(self.text):,}")], []
+
+
 class Ledger(SphinxDirective):
     required_arguments = 1  # the document, as in `S1`
     option_spec = {"refuted": directives.flag}
@@ -90,23 +115,10 @@ class Ledger(SphinxDirective):
         with open(Path(__file__).with_name("verdicts.csv"), encoding="utf-8") as file:
             return dict(csv.reader(file))
 
-    def executed(self, docname: str) -> NotebookNode | None:
-        "A chapter with its outputs, or a page of prose; nothing where a chapter failed."
-        path = Path(self.env.doc2path(docname))
-        if path.suffix != ".ipynb":
-            prose = {"cell_type": "markdown", "source": path.read_text(encoding="utf-8")}
-            return from_dict({"cells": [prose]})
-        cache = get_cache(self.env.mystnb_config.execution_cache_path or ".jupyter_cache")
-        try:
-            return cache.merge_match_into_notebook(bridged(self.env.app, docname))[1]
-        except KeyError:
-            return None
-
     def run(self) -> list[nodes.Node]:
         known, found = self.known(), defaultdict(list)
         for docname in sorted(self.env.found_docs):
-            if notebook := self.executed(docname):
-                self.env.note_dependency(self.env.doc2path(docname))
+            if notebook := executed(self.env, docname):
                 for item, finding in findings(docname, notebook, known):
                     found[item].append(finding)
         document = [x for x in known if x.startswith(f"{self.arguments[0]}.")]
@@ -145,4 +157,5 @@ class Ledger(SphinxDirective):
 
 def setup(app) -> dict:
     app.add_directive("ledger", Ledger)
+    app.add_role("checks", Checks())
     return {"parallel_read_safe": True, "parallel_write_safe": True}

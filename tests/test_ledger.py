@@ -60,7 +60,8 @@ def test_a_page_lists_them_and_names_the_homeless(tmp_path):
     )
     code += '\ndisplay({"text/plain": "."}, raw=True, metadata=kept)'
     chapter = notebook("%%markdown\n## A part\n\nSaid. <!-- S0.1 -->", code)
-    pages = {"index.md": "# Index\n\n```{ledger} S0\n```\n", "chapter.ipynb": chapter,
+    counted = "# Index\n\n{checks}`refuted` and {checks}`holds`\n\n```{ledger} S0\n```\n"
+    pages = {"index.md": counted, "chapter.ipynb": chapter,
              "errata.md": "# Errata\n\n```{ledger} S0\n:refuted:\n```\n"}  # fmt: skip
     result = build(tmp_path, pages)
     said = result.stdout + result.stderr
@@ -76,5 +77,6 @@ def test_a_page_lists_them_and_names_the_homeless(tmp_path):
     assert first == ["1", "imprecise", "in words", "Title : A part"]
     assert second[:2] == ["2", "right"] and second[2].startswith("refuted: ")
     assert "is | two · gives 2 , right is 1" in second[2]
+    assert "<p>1 and 0</p>" in (tmp_path / "_build/html/index.html").read_text("utf-8")
     (only,) = rows("errata.html")[1:]
     assert only[0] == "2" and only[2] == "gives 2 , right is 1"

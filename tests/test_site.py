@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import part_cards
 import pytest
+import yaml
 from bs4 import BeautifulSoup
 from cell_rules import CHECKS
 from conftest import ROOT, toc_pages
@@ -111,6 +113,28 @@ def test_internal_links_lead_somewhere(site, name):
         assert target.exists(), link
         if parts.fragment and target.suffix == ".html":
             assert unquote(parts.fragment) in page(target.resolve()).ids, link
+
+
+def test_the_landing_page_has_a_card_of_each_part_with_its_chapters(site):
+    html = BeautifulSoup((site / "index.html").read_text(encoding="utf-8"), "html.parser")
+    cards = {x.select_one(".sd-card-title").text: x for x in html.select(".sd-card:has(.sd-card-footer)")}
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    parts = {part["caption"]: part["chapters"] for part in toc["parts"][:-1]}
+    assert cards.keys() == parts.keys()
+    for name, chapters in parts.items():
+        links = [a["href"] for a in cards[name].select("li a")]
+        assert links == [f"{x['file']}.html" for x in chapters]
+        assert re.fullmatch(r"about \d+(\.5)? h to read", cards[name].select_one(".sd-card-footer").text.strip())
+
+
+def test_the_time_to_read_is_that_of_prose_and_open_code(tmp_path):
+    hidden, folded = "#| hide\nx = 1\n", "import os\n"
+    cells = [("markdown", "word " * 400 + "<!-- not read -->"), ("code", hidden), ("code", folded),
+             ("code", "#| export\ndef f(x):\n" + "    x += 1\n" * 29)]  # fmt: skip
+    cells = [{"cell_type": kind, "source": text} for kind, text in cells]
+    (tmp_path / "x.ipynb").write_text(json.dumps({"cells": cells}))
+    assert part_cards.minutes(tmp_path / "x.ipynb") == 2 + 2
+    assert part_cards.length(4) == "about 0.5 h to read" and "1.5 h" in part_cards.length(100)
 
 
 @pytest.mark.parametrize("name", [p for p in toc_pages() if p[0] in "0123456789i"])
