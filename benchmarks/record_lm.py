@@ -10,7 +10,6 @@ from the same fine-tuned model, whose success is the row of step 0, and is what
 that one is run, and the rows of the others stay.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ class Variant:
 
     objective: Objective
     config: LMConfig
-    sampler: Callable | None = None  # of the model and the tokenizer; None: the learner
+    engine: str | None = None  # that samples, of `ENGINES`; None: the learner
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ def preset(name: str, **choices) -> Objective:
     return replace(PRESETS[name], **choices)
 
 
+ENGINES = {"8 bits": EightBits}
 METHODS = tiny_config(steps=60, max_new_tokens=24, eval_every=10, eval_prompts=500)
 LONG = tiny_config(
     steps=700, max_new_tokens=16, eval_every=25, eval_prompts=500, overlong_cache=0
@@ -110,9 +110,9 @@ RECORDS = {
         "CISPO": Variant(preset("cispo"), HALF),
         "SAPO": Variant(preset("sapo"), HALF),
         "DPPO": Variant(preset("dppo"), HALF),
-        "GRPO, 8 bits": Variant(GRPO, HALF, EightBits),
-        "GRPO, 8 bits, truncated": Variant(replace(GRPO, correction=Truncated()), HALF, EightBits),
-        "GRPO, 8 bits, band": Variant(replace(GRPO, correction=Banded()), HALF, EightBits),
+        "GRPO, 8 bits": Variant(GRPO, HALF, "8 bits"),
+        "GRPO, 8 bits, truncated": Variant(replace(GRPO, correction=Truncated()), HALF, "8 bits"),
+        "GRPO, 8 bits, band": Variant(replace(GRPO, correction=Banded()), HALF, "8 bits"),
     }),
     "rlhf_beta": LMRecord(ADDITION, 8, {
         f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), SHORT)
@@ -181,7 +181,7 @@ def looks(name: str, folder: Path, variant: str, seed: int) -> list[dict]:
     objective, config = wanted.objective, wanted.config
     run = train_lm(
         model, tokenizer, task, reward, objective, config, seed=seed, device="cpu",
-        progress=False, sampler=wanted.sampler and wanted.sampler(model, tokenizer),
+        progress=False, sampler=wanted.engine and ENGINES[wanted.engine](model, tokenizer),
     )
     for row in run.log:
         window.append(row)

@@ -17,16 +17,19 @@ import torch
 from conftest import ROOT
 from po_book import multi_agent
 from po_book.algorithm import new_learner
+from po_book.language_model import tiny_lm
 from po_book.lm_learner import tiny_config
 from po_book.objective import PRESETS
 from po_book.pretrained import load_lm
 from po_book.reward_models import RewardModel
+from po_book.samplers import Request
 from po_book.tasks import ChainAddition
 from po_book.terms import InReward, NoReference
 from po_book.train import ALGORITHMS, PPOConfig, default_config
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import record_lm
+from engine import EightBits, Stale
 from record import RECORDS
 
 
@@ -266,6 +269,44 @@ def test_the_long_run_is_grpo_without_a_divergence():
 def test_methods_are_compared_at_equal_samples():
     drawn = quotes.OF_RECORDS["whole"]("lm_methods", "DAPO", "drawn_groups").mean()
     assert 51 * drawn == pytest.approx(60 * 32, rel=0.02)
+    drawn = quotes.OF_RECORDS["whole"]("lm_after_dapo", "DAPO", "drawn_groups").mean()
+    assert 30 * drawn == pytest.approx(40 * 16, rel=0.1)
+
+
+AFTER = {"MaxRL": {"trust"}, "GRPO": {"kl"}, "REINFORCE++": {"kl"}}  # as the page says
+
+
+@pytest.mark.parametrize("name", LM["lm_after_dapo"].variants)
+def test_what_came_after_is_a_preset_without_a_divergence_at_equal_samples(name):
+    method, *engine = name.split(", ")
+    after = LM["lm_after_dapo"].variants
+    variant, preset = after[name], PRESETS[method.lower()]
+    steps = {"steps": 30, "eval_every": 15} if name == "DAPO" else {}
+    assert variant.config == replace(after["GRPO"].config, **steps)
+    assert variant.objective.kl == NoReference()
+    assert variant.engine == (engine[0] if engine else None)
+    unlike = {key for key, x in vars(preset).items() if getattr(variant.objective, key) != x}
+    assert unlike == AFTER.get(method, set()) | ({"correction"} if engine[1:] else set())
+
+
+def test_an_engine_of_eight_bits_has_the_learners_weights_rounded(tokenizer):
+    model = tiny_lm(tokenizer, width=16, layers=1, heads=2)
+    stale, engine = Stale(model, tokenizer), EightBits(model, tokenizer)
+    before = [x.clone() for x in model.parameters()]
+    with torch.no_grad():
+        for x in model.parameters():
+            x += 0.1
+    for sampler in stale, engine:
+        sampler.load(model)
+    for old, new, kept, coarse in zip(before, model.parameters(), stale.model.parameters(),
+                                      engine.model.parameters()):  # fmt: skip
+        torch.testing.assert_close(kept, old, atol=0, rtol=0)
+        assert 0 < (coarse - new).abs().max() and coarse.unique().numel() < 256
+        torch.testing.assert_close(coarse, new, rtol=2**-4, atol=2**-10)
+    asked = Request(group_size=2, max_new_tokens=3, seed=1)
+    drawn = engine([tokenizer("1+2=").input_ids] * 2, asked)
+    again = engine([tokenizer("1+2=").input_ids] * 2, asked)
+    assert len(drawn) == 4 and drawn == again and all(len(x.logps) == len(x.ids) for x in drawn)
 
 
 def test_a_row_of_the_ablation_has_one_change_more():
