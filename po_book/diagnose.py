@@ -137,7 +137,7 @@ def _per_clipped(kl: np.ndarray, clipped: np.ndarray) -> np.ndarray:
     return kl / (clipped + 0.002) if clipped.max() > 0 else np.zeros_like(kl)
 
 # %% ../nbs/51_logs.ipynb #abc5f4ed
-def _offset(kl: np.ndarray, clipped: np.ndarray) -> float:
+def _offset(kl: np.ndarray, clipped: np.ndarray, length: np.ndarray) -> float:
     "What the divergence does not fall below, if it is of few ratios; else 0."
     few = np.median(_per_clipped(kl, clipped)) > 0.12
     return np.quantile(kl, 0.1) if few else 0.0
@@ -194,8 +194,9 @@ def _late(x: np.ndarray) -> float:
 
 # %% ../nbs/51_logs.ipynb #15bc6e99
 def _error_of_values(loss: np.ndarray, q: np.ndarray) -> float:
-    "Size of the value loss over the square of the values, in the second half."
-    return _late(np.abs(loss) / np.maximum(q**2, 1e-12))
+    "Value loss over the square of the values, in the second half; 1 if it is negative."
+    share = _late(np.abs(loss) / np.maximum(q**2, 1e-12))
+    return max(share, float((loss < 0).any()))
 
 # %% ../nbs/51_logs.ipynb #1ee67e5f
 def _above_returns(q: np.ndarray, returns: np.ndarray) -> float:
@@ -204,10 +205,15 @@ def _above_returns(q: np.ndarray, returns: np.ndarray) -> float:
     return _late(q / best) if best[0] > 0 else 0.0
 
 # %% ../nbs/51_logs.ipynb #431b2a86
+def _trend(x: np.ndarray) -> float:
+    "Change from the first to the last, along the line of least squares."
+    return float(np.polyfit(np.linspace(0, 1, len(x)), x, 1)[0])
+
+
 def _paid_for_less(reward: np.ndarray, success: np.ndarray) -> float:
-    "How far success has fallen, if the reward has risen; else 0."
-    (before, after), (good, bad) = _ends(reward), _ends(success)
-    return good - bad if after > before else 0.0
+    "How far a rising reward and a falling success come apart; else 0."
+    up, down = _trend(reward), _trend(success)
+    return up - down if up > 0 > down else 0.0
 
 
 def _dead_from_the_start(dead: np.ndarray) -> float:
@@ -221,17 +227,19 @@ RULES: tuple[Rule, ...] = (
          "log-probabilities of sampler and learner differ by", "47b_mismatch", 3),
     Rule("dead groups", ("dead_groups",), _dead_from_the_start, 0.8,
          "of the first groups the share with equal rewards is", "47_dapo", 3),
-    Rule("no mask", ("approx_kl",), np.median, 0.3,
+    Rule("no mask", ("approx_kl", "length"), lambda kl, length: np.median(kl), 0.3,
          "the median of approx_kl is", "48b_step"),
     Rule("wrong KL sign", ("approx_kl", "kl_coef"), lambda kl, coef: kl.max(), 1.0,
          "in spite of its penalty approx_kl goes up to", "22_ppo"),
+    Rule("rate too high", _RATIO, _leap, 4.0,
+         "in spite of the clip approx_kl goes up to", "36_cartpole"),
     Rule("clip too wide", _RATIO, _unheld, 2.0,
          "where the policy goes far, approx_kl over clip_fraction is", "22_ppo"),
-    Rule("scores at another temperature", _RATIO, _offset, 0.004,
+    Rule("scores at another temperature", (*_RATIO, "length"), _offset, 0.004,
          "approx_kl does not fall below", "41_sampling"),
-    Rule("rate too high", _RATIO, _leap, 0.1,
+    Rule("rate too high", _RATIO, _leap, 0.35,
          "in spite of the clip approx_kl goes up to", "36_cartpole"),
-    Rule("bf16 weights", ("approx_kl", "kl"), _stuck, 0.5,
+    Rule("bf16 weights", ("approx_kl", "kl"), _stuck, 0.1,
          "approx_kl over kl, in the second half, is", "40a_pretrained"),
     Rule("value loss with the wrong sign", ("value_loss", "explained_variance"),
          _critic_climbs, 5.0,
@@ -242,8 +250,8 @@ RULES: tuple[Rule, ...] = (
          "the mean value over the best return so far is", "15_value_based"),
     Rule("advantages not centred", ("policy_loss", "entropy"), _mean_of_advantage, 0.5,
          "the mean advantage, in deviations, is", "14_advantage"),
-    Rule("reward hacking", ("reward", "success"), _paid_for_less, 0.17,
-         "the reward has risen, and success has fallen by", "43_rewards", 6),
+    Rule("reward hacking", ("reward", "success"), _paid_for_less, 0.24,
+         "success falls, and the reward runs away from it by", "43_rewards", 6),
     Rule("wrong KL sign", ("kl",), lambda kl: _ends(kl)[1], 1.0,
          "the divergence from the reference, nats a token, is", "44_kl"),
     Rule("episode ends ignored", ("return", "value_loss", "explained_variance"),
