@@ -48,7 +48,7 @@ def faults(rows):
 HEALTHY = dict(
     approx_kl=lambda t: 0.02 * (1 - t), clip_fraction=lambda t: 0.2 * (1 - t), entropy=0.6,
     value_loss=lambda t: 20 - 15 * t, explained_variance=lambda t: 0.9 * t, policy_loss=0.01,
-    kl_coef=0.5, kl=lambda t: 0.3 * t, dead_groups=0.3, mismatch=0.01,
+    kl_coef=0.5, kl=lambda t: 0.1 + 0.3 * t, length=9.0, dead_groups=0.3, mismatch=0.01,
     reward=lambda t: 0.2 + 0.3 * t, success=lambda t: 0.2 + 0.3 * t, q=lambda t: 50 * t,
 ) | {"return": lambda t: 20 + 100 * t}  # fmt: skip
 
@@ -72,10 +72,11 @@ MARKS = [
     ("value loss with the wrong sign", dict(value_loss=lambda t: 10 * 100**t,
                                             explained_variance=-0.01), 43.3),
     ("value loss with the wrong sign", dict(q=5.0), 0.336),
-    ("value loss with the wrong sign", dict(value_loss=-500.0, q=50.0), 0.2),
+    ("value loss with the wrong sign", dict(value_loss=-5.0, q=50.0), 1.0),
     ("episode ends ignored", dict(q=1000.0), 10.5),
     ("advantages not centred", dict(policy_loss=0.9), 1.5),
-    ("reward hacking", dict(success=lambda t: 0.5 - 0.4 * t), 0.327),
+    ("rate too high", dict(approx_kl=lambda t: 1.5 * (t == 0), clip_fraction=0.5), 1.5),
+    ("reward hacking", dict(success=lambda t: 0.5 - 0.4 * t), 0.7),
     ("wrong KL sign", dict(kl=lambda t: 3.3 * t), 3.0),
     ("episode ends ignored", dict(value_loss=lambda t: 20 * 1e-4**t, explained_variance=0), 12.3),
 ]  # fmt: skip
@@ -118,7 +119,7 @@ def test_columns_are_taken_from_the_rows_that_have_all_of_them():
 
 
 def test_three_rows_say_little_and_the_report_says_what():
-    report = diagnose(log(3, dead_groups=1.0, approx_kl=2.0))
+    report = diagnose(log(3, dead_groups=1.0, approx_kl=2.0, length=9.0))
     assert [x.fault for x in report.findings] == ["dead groups"]
     assert report.open["no mask"] == "needs 10 rows, has 3"
     assert report.open["advantages not centred"] == "needs policy_loss, entropy"
