@@ -110,6 +110,8 @@ RECORDS = {
         "CISPO": Variant(preset("cispo"), HALF),
         "SAPO": Variant(preset("sapo"), HALF),
         "DPPO": Variant(preset("dppo"), HALF),
+        "CISPO, rate / 3": Variant(preset("cispo"), replace(HALF, lr=HALF.lr / 3)),
+        "SAPO, rate / 3": Variant(preset("sapo"), replace(HALF, lr=HALF.lr / 3)),
         "GRPO, 8 bits": Variant(GRPO, HALF, "8 bits"),
         "GRPO, 8 bits, truncated": Variant(replace(GRPO, correction=Truncated()), HALF, "8 bits"),
         "GRPO, 8 bits, band": Variant(replace(GRPO, correction=Banded()), HALF, "8 bits"),

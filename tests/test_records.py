@@ -278,11 +278,13 @@ AFTER = {"MaxRL": {"trust"}, "GRPO": {"kl"}, "REINFORCE++": {"kl"}}  # as the pa
 
 @pytest.mark.parametrize("name", LM["lm_after_dapo"].variants)
 def test_what_came_after_is_a_preset_without_a_divergence_at_equal_samples(name):
-    method, *engine = name.split(", ")
+    method, *engine = name.removesuffix(", rate / 3").split(", ")
     after = LM["lm_after_dapo"].variants
     variant, preset = after[name], PRESETS[method.lower()]
-    steps = {"steps": 30, "eval_every": 15} if name == "DAPO" else {}
-    assert variant.config == replace(after["GRPO"].config, **steps)
+    config = after["GRPO"].config
+    other = {"steps": 30, "eval_every": 15} if name == "DAPO" else {}
+    other |= {"lr": config.lr / 3} if name.endswith("rate / 3") else {}
+    assert variant.config == replace(config, **other)
     assert variant.objective.kl == NoReference()
     assert variant.engine == (engine[0] if engine else None)
     unlike = {key for key, x in vars(preset).items() if getattr(variant.objective, key) != x}
