@@ -79,7 +79,8 @@ def test_the_owner_is_named_in_one_place():
     pattern = re.compile(r"github\.com/po-book|po-book\.github\.io")
     for name in files.stdout.split():
         path = ROOT / name
-        # nbdev_export derives _modidx.py from settings.ini; CITATION.cff is compared with it.
-        said = "settings.ini", "_modidx.py", "CITATION.cff", Path(__file__).name
+        # nbdev_export derives _modidx.py from settings.ini; three others are compared with it.
+        compared = "CITATION.cff", "README.md", "index.ipynb"
+        said = "settings.ini", "_modidx.py", *compared, Path(__file__).name
         if path.is_file() and path.name not in said:
             assert not pattern.search(path.read_text(errors="ignore")), name

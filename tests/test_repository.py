@@ -17,6 +17,13 @@ def settings() -> configparser.SectionProxy:
     return parser["DEFAULT"]
 
 
+@pytest.mark.parametrize("name", ["README.md", "nbs/index.ipynb"])
+def test_what_is_installed_from_is_this_repository(name):
+    ours = f"https://github.com/{settings()['user']}/{settings()['repo']}"
+    found = re.findall(r"https://github\.com/[\w-]+/[\w-]+", (ROOT / name).read_text("utf-8"))
+    assert {*found} == {ours}
+
+
 def test_whoever_cites_cites_this_project():
     cited, ours = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8")), settings()
     assert cited["title"] == ours["title"] and cited["abstract"] == ours["description"]
