@@ -17,13 +17,15 @@ from nbdev_bridge import read_directives
 from sphinx.util.docutils import SphinxDirective
 
 WORDS, LINES = 200, 15  # a minute, of prose and of code
-CARD = """:::{{grid-item-card}} {name}
+CARD = """::::{{grid-item-card}} {name}
 {about}
 
 {chapters}
-+++
+
+:::{{card-footer}}
 {shown}
 :::
+::::
 """
 
 
@@ -56,7 +58,7 @@ class PartsDirective(SphinxDirective):
         if unknown := {name for name, *_ in lines} - files.keys():
             raise self.error(f"no such parts: {sorted(unknown)}, there are {list(files)}")
         cards = "\n".join(self.card(name, about, files[name]) for name, _, about in lines)
-        text = f"::::{{grid}} 1 1 2 2\n:gutter: 2\n\n{cards}\n::::"
+        text = f":::::{{grid}} 1 1 2 2\n:gutter: 2\n\n{cards}\n:::::"
         where = nodes.Element()
         self.state.nested_parse(StringList(text.splitlines(), "parts"), 0, where)
         return where.children
