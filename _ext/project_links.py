@@ -30,6 +30,7 @@ def set_links(app: Sphinx, config: Config) -> None:
     config.notfound_context = {"title": "Page not found", "body": NOT_FOUND.format(repo)}
     config.release = config.version = settings["version"]
     config.copyright = settings["copyright"]
+    config.html_context |= {"book_description": settings["description"]}
     config.html_theme_options |= {
         "repository_url": f"https://github.com/{user}/{repo}",
         "repository_branch": settings["branch"],

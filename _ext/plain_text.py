@@ -1,0 +1,95 @@
+"""Every page as Markdown beside it, `llms.txt` with the list, `llms-full.txt` with all.
+
+For readers that take text: prose, formulas as LaTeX with their numbers, code, and what it
+printed. The list is as https://llmstxt.org describes it.
+"""
+
+import re
+from pathlib import Path
+from urllib.parse import urljoin
+
+from bs4 import BeautifulSoup, Tag
+from markdownify import MarkdownConverter
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
+# Buttons, words that unfold code, documents and stills of charts.
+LEFT_OUT = "a.headerlink, summary .admonition-title, script, noscript, style, button"
+WHOLE = "A book and a library, made from the same notebooks. [All of it in one text]({}llms-full.txt)."
+
+
+class Page(MarkdownConverter):
+    "Markdown of an article, as MyST writes it."
+
+    class Options(MarkdownConverter.DefaultOptions):
+        heading_style = "ATX"
+        bullets = "-"
+        escape_misc = escape_asterisks = escape_underscores = False
+
+    def convert_span(self, el: Tag, text: str, parent_tags: set) -> str:
+        if "math" in el.get("class", []):
+            return "$" + el.text.strip().removeprefix(r"\(").removesuffix(r"\)") + "$"
+        return text
+
+    def convert_div(self, el: Tag, text: str, parent_tags: set) -> str:
+        if "math" not in el.get("class", []):
+            return f"\n\n{text}\n\n"
+        number = el.find(class_="eqno")
+        said = f" {number.extract().text}" if number else ""
+        formula = el.text.strip().removeprefix(r"\[").removesuffix(r"\]").strip()
+        return f"\n\n$$\n{formula}\n$${said}\n\n"
+
+    def convert_pre(self, el: Tag, text: str, parent_tags: set) -> str:
+        "Code with its language; a box in a box of another kind is output."
+        boxes = [c for p in el.parents for c in p.get("class", []) if c.startswith("highlight-")]
+        language = boxes[0].removeprefix("highlight-") if boxes else "text"
+        language = {"ipython3": "python", "none": "text", "default": "text"}.get(language, language)
+        return f"\n\n```{language}\n{el.text.rstrip()}\n```\n\n"
+
+
+def markdown(body: str, address: str) -> str:
+    "The article of the page at `address`, with links that lead from anywhere."
+    article = BeautifulSoup(body, "html.parser")
+    for element in article.select(LEFT_OUT):
+        element.decompose()
+    for element in article.select("[title]"):
+        del element["title"]
+    for name in "href", "src":
+        for element in article.select(f"[{name}]"):
+            element[name] = urljoin(address, element[name])
+    text = Page().convert_soup(article)
+    return re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text)).strip() + "\n"
+
+
+def write_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
+    if doctree and app.builder.name == "html":
+        text = markdown(context["body"], f"{app.config.html_baseurl}{pagename}.html")
+        Path(app.outdir, f"{pagename}.md").write_text(text, encoding="utf-8")
+
+
+def entry(app: Sphinx, page: str, text: str) -> str:
+    "A line of the list: title, address, and the first paragraph below the title."
+    title, *paragraphs = re.split(r"\n\n+", text)
+    said = " ".join(re.sub(r"(?m)^> ?", "", "".join(paragraphs[:1])).split())
+    return f"- [{title.removeprefix('# ')}]({app.config.html_baseurl}{page}.md): {said}"
+
+
+def write_lists(app: Sphinx, error: Exception | None) -> None:
+    if error or app.builder.name != "html":
+        return
+    config, root, folder = app.config, app.config.root_doc, Path(app.outdir)
+    parts = {"Start": [root]}
+    for tree in app.env.get_doctree(root).findall(addnodes.toctree):
+        parts[tree["caption"] or "Chapters"] = tree["includefiles"]
+    texts = {page: (folder / f"{page}.md").read_text("utf-8") for part in parts.values() for page in part}
+    lines = [f"# {config.project}", f"> {config.html_context['book_description']}.", WHOLE.format(config.html_baseurl)]
+    for part, pages in parts.items():
+        lines += [f"## {part}", "\n".join(entry(app, page, texts[page]) for page in pages)]
+    (folder / "llms.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "llms-full.txt").write_text("\n\n".join(texts.values()), encoding="utf-8")
+
+
+def setup(app: Sphinx) -> dict:
+    app.connect("html-page-context", write_page)
+    app.connect("build-finished", write_lists)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
