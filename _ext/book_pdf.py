@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import chromium
+import browsers
 import yaml
 from playwright.sync_api import Page, sync_playwright
 from pypdf import PdfReader, PdfWriter
@@ -119,33 +119,31 @@ class Book:
 
     def __init__(self, site: Path, address: str):
         self.site, self.address = site.as_uri(), address
-        self.writer, self.starts, self.places = PdfWriter(), {}, {}
+        self.writer, self.spans, self.places = PdfWriter(), {}, {}
 
     def add(self, name: str, pdf: PdfReader) -> None:
-        self.starts[name], self.places[name] = len(self.writer.pages), places(pdf)
+        start = len(self.writer.pages)
+        self.spans[name], self.places[name] = range(start, start + len(pdf.pages)), places(pdf)
         for page in pdf.pages:
             self.writer.add_page(page)
 
-    def outline(self, parts: list[Part]) -> None:
-        for part in parts:
-            start = self.starts[part.chapters[0].name]
-            above = self.writer.add_outline_item(part.caption, start) if part.caption else None
-            for chapter in part.chapters:
-                start = self.starts[chapter.name]
-                item = self.writer.add_outline_item(chapter.title, start, parent=above)
-                for place, title in chapter.sections:
-                    page, _ = self.places[chapter.name].get(place, (0, 0))
-                    self.writer.add_outline_item(title, start + page, parent=item)
+    def mark(self, title: str, name: str, place: str = "", above=None):
+        "A line of the outline, below `above`; only parts begin unfolded."
+        page = self.spans[name][self.places[name].get(place, (0, 0))[0]]
+        return self.writer.add_outline_item(title, page, parent=above, is_open=above is None)
+
+    def outline(self, part: Part) -> None:
+        above = self.mark(part.caption, part.chapters[0].name) if part.caption else None
+        for chapter in part.chapters:
+            item = self.mark(chapter.title, chapter.name, above=above)
+            for place, title in chapter.sections:
+                self.mark(title, chapter.name, place, item)
 
     def mend_links(self) -> None:
-        names = [name for name in self.starts for _ in self.pages(name)]
-        for name, page in zip(names, self.writer.pages):
-            for annotation in page.get("/Annots", ()):
-                self.mend(annotation.get_object(), name)
-
-    def pages(self, name: str) -> range:
-        after = [start for start in self.starts.values() if start > self.starts[name]]
-        return range(self.starts[name], min(after, default=len(self.writer.pages)))
+        for name, span in self.spans.items():
+            for page in self.writer.pages[span.start : span.stop]:
+                for annotation in page.get("/Annots", ()):
+                    self.mend(annotation.get_object(), name)
 
     def mend(self, link: dict, name: str) -> None:
         "A link within the book leads to its page here, another one into the site."
@@ -161,7 +159,7 @@ class Book:
                 return
             del link["/A"]
         page, top = self.places[name].get(place, self.places[name][""])
-        there = self.writer.pages[self.starts[name] + page].indirect_reference
+        there = self.writer.pages[self.spans[name][page]].indirect_reference
         where = [there, NameObject("/XYZ"), FloatObject(0), FloatObject(top), NullObject()]
         link[NameObject("/Dest")] = ArrayObject(where)
 
@@ -178,9 +176,9 @@ def make_pdf(site: Path, toc: dict, path: Path) -> None:
     settings = dict(parser["DEFAULT"])
     settings["address"] = f"https://{settings['user']}.github.io/{settings['repo']}"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium.find(), args=chromium.FLAGS)
+        browser = playwright.chromium.launch(executable_path=browsers.find(), args=browsers.FLAGS)
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        tab.set_default_timeout(chromium.PATIENCE)
+        tab.set_default_timeout(browsers.PATIENCE)
         parts = print_parts(tab, site, toc)
         front = print_front(tab, site, parts, settings)
         browser.close()
@@ -188,7 +186,8 @@ def make_pdf(site: Path, toc: dict, path: Path) -> None:
     book.add("", front)
     for chapter in [chapter for part in parts for chapter in part.chapters]:
         book.add(chapter.name, chapter.pdf)
-    book.outline(parts)
+    for part in parts:
+        book.outline(part)
     book.mend_links()
     book.writer.set_page_label(0, len(front.pages) - 1, style="/r")
     book.writer.set_page_label(len(front.pages), len(book.writer.pages) - 1, style="/D", start=1)
