@@ -17,6 +17,9 @@ from sphinx.application import Sphinx
 LEFT_OUT = "a.headerlink, summary .admonition-title, script, noscript, style, button"
 WHOLE = "A book and a library, made from the same notebooks. [All of it in one text]({}llms-full.txt)."
 
+# Empty lines, but not those of code.
+EMPTY = re.compile(r"(?P<code>^ *```.*?^ *```$)|\n{3,}", re.M | re.S)
+
 
 class Page(MarkdownConverter):
     "Markdown of an article, as MyST writes it."
@@ -57,8 +60,8 @@ def markdown(body: str, address: str) -> str:
     for name in "href", "src":
         for element in article.select(f"[{name}]"):
             element[name] = urljoin(address, element[name])
-    text = Page().convert_soup(article)
-    return re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text)).strip() + "\n"
+    text = re.sub(r"(?m)[ \t]+$", "", Page().convert_soup(article))
+    return EMPTY.sub(lambda found: found["code"] or "\n\n", text).strip() + "\n"
 
 
 def write_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
@@ -82,7 +85,7 @@ def write_lists(app: Sphinx, error: Exception | None) -> None:
     for tree in app.env.get_doctree(root).findall(addnodes.toctree):
         parts[tree["caption"] or "Chapters"] = tree["includefiles"]
     texts = {page: (folder / f"{page}.md").read_text("utf-8") for part in parts.values() for page in part}
-    lines = [f"# {config.project}", f"> {config.html_context['book_description']}.", WHOLE.format(config.html_baseurl)]
+    lines = [f"# {config.html_title}", f"> {config.html_context['book_description']}.", WHOLE.format(config.html_baseurl)]
     for part, pages in parts.items():
         lines += [f"## {part}", "\n".join(entry(app, page, texts[page]) for page in pages)]
     (folder / "llms.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
