@@ -48,7 +48,7 @@ def test_every_icon_is_in_the_small_fonts(opened, site, name):
     assert tab.evaluate("document.fonts.check('900 1em po-icons')")
 
 
-ACCESSIBLE = ["index", "15_value_based", "46_grpo", "52a_demos", "errata", "bibliography"]
+ACCESSIBLE = ["index", "15_value_based", "52a_demos", "errata", "bibliography"]
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
