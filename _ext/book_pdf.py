@@ -36,6 +36,9 @@ KEEP_PLACES = """() => {
   };
 }"""
 
+DEMOS_DRAWN = """() =>
+  [...document.querySelectorAll(".po-demo")].every(({ dataset }) => "ready" in dataset)"""
+
 FRONT = """<!doctype html><html lang="en"><meta charset="utf-8"><style>
 @page {{ size: A4; margin: 18mm 16mm 20mm; @bottom-center {{ content: counter(page, lower-roman); }} }}
 @page :first {{ @bottom-center {{ content: none; }} }}
@@ -76,6 +79,7 @@ def print_chapter(tab: Page, path: Path, before: int) -> Chapter:
     tab.add_style_tag(content=f"html {{ counter-reset: page {before}; }}")
     found = tab.evaluate(KEEP_PLACES)
     tab.evaluate("typesetPage()")
+    tab.wait_for_function(DEMOS_DRAWN)
     return Chapter(path.stem, found["title"], found["sections"], to_pdf(tab))
 
 
