@@ -40,7 +40,8 @@ DEMOS_DRAWN = """() =>
   [...document.querySelectorAll(".po-demo")].every(({ dataset }) => "ready" in dataset)"""
 
 FRONT = """<!doctype html><html lang="en"><meta charset="utf-8"><style>
-@page {{ size: A4; margin: 18mm 16mm 20mm; @bottom-center {{ content: counter(page, lower-roman); }} }}
+@page {{ size: A4; margin: 18mm 16mm 20mm; }}
+@page {{ @bottom-center {{ content: counter(page, lower-roman); }} }}
 @page :first {{ @bottom-center {{ content: none; }} }}
 html {{ font: 13px/1.5 sans-serif; }}
 h1 {{ margin: 70mm 0 8mm; font-size: 40px; }}

@@ -24,10 +24,11 @@ VARIABLE = re.compile(r'--pst-icon-[\w-]+:"(.)"')
 def used(static: Path) -> set[int]:
     "Code points of the icons that the theme's styles or any page can show."
     css = (static / "styles/pydata-sphinx-theme.css").read_text(encoding="utf-8")
-    pages = "".join(page.read_text(encoding="utf-8") for page in static.parent.glob("*.html"))
+    pages = "".join(page.read_text(encoding="utf-8") for page in static.parent.rglob("*.html"))
     names = set(re.findall(r"\bfa-[\w-]+", pages))
-    icons = {int(c, 16) for rule, c in RULE.findall(css) if names & {*re.findall(r"fa-[\w-]+", rule)}}
-    return icons | {ord(c) for c in VARIABLE.findall(css)}
+    rules = [({*re.findall(r"fa-[\w-]+", rule)}, int(sign, 16)) for rule, sign in RULE.findall(css)]
+    signs = {sign for its_names, sign in rules if names & its_names}
+    return signs | {ord(sign) for sign in VARIABLE.findall(css)}
 
 
 def cut(font: TTFont, icons: set[int]) -> TTFont:

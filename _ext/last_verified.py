@@ -27,8 +27,8 @@ def device() -> str:
 
 def ran(config, facts: dict) -> str:
     day = datetime.fromtimestamp(facts["mtime"], timezone.utc).date()
-    versions = f"po_book {config.release}, torch {version('torch')}, Python {platform.python_version()}"
-    seconds = f"{facts['runtime']:.1f} s"
+    seconds, python = f"{facts['runtime']:.1f} s", platform.python_version()
+    versions = f"po_book {config.release}, torch {version('torch')}, Python {python}"
     return f"Last verified {day}: ran in {seconds} with {versions} on {device()}."
 
 

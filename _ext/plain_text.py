@@ -15,7 +15,11 @@ from sphinx.application import Sphinx
 
 # Buttons, words that unfold code, documents and stills of charts.
 LEFT_OUT = "a.headerlink, summary .admonition-title, script, noscript, style, button"
-WHOLE = "A book and a library, made from the same notebooks. [All of it in one text]({}llms-full.txt)."
+HEAD = """# {title}
+
+> {description}.
+
+A book and a library, made from the same notebooks. [All of it in one text]({base}llms-full.txt)."""
 
 # Empty lines, but not those of code.
 EMPTY = re.compile(r"(?P<code>^ *```.*?^ *```$)|\n{3,}", re.M | re.S)
@@ -67,7 +71,9 @@ def markdown(body: str, address: str) -> str:
 def write_page(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
     if doctree and app.builder.name == "html":
         text = markdown(context["body"], f"{app.config.html_baseurl}{pagename}.html")
-        Path(app.outdir, f"{pagename}.md").write_text(text, encoding="utf-8")
+        path = Path(app.outdir, f"{pagename}.md")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def entry(app: Sphinx, page: str, text: str) -> str:
@@ -77,19 +83,25 @@ def entry(app: Sphinx, page: str, text: str) -> str:
     return f"- [{title.removeprefix('# ')}]({app.config.html_baseurl}{page}.md): {said}"
 
 
+def parts(app: Sphinx) -> dict[str, list[str]]:
+    "Pages in the order of the contents, by the name of their part."
+    root = app.config.root_doc
+    trees = app.env.get_doctree(root).findall(addnodes.toctree)
+    return {"Start": [root]} | {tree["caption"] or "Chapters": tree["includefiles"] for tree in trees}
+
+
 def write_lists(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.name != "html":
         return
-    config, root, folder = app.config, app.config.root_doc, Path(app.outdir)
-    parts = {"Start": [root]}
-    for tree in app.env.get_doctree(root).findall(addnodes.toctree):
-        parts[tree["caption"] or "Chapters"] = tree["includefiles"]
-    texts = {page: (folder / f"{page}.md").read_text("utf-8") for part in parts.values() for page in part}
-    lines = [f"# {config.html_title}", f"> {config.html_context['book_description']}.", WHOLE.format(config.html_baseurl)]
-    for part, pages in parts.items():
-        lines += [f"## {part}", "\n".join(entry(app, page, texts[page]) for page in pages)]
+    config, folder, texts = app.config, Path(app.outdir), []
+    description = config.html_context["book_description"]
+    lines = [HEAD.format(title=config.html_title, description=description, base=config.html_baseurl)]
+    for part, pages in parts(app).items():
+        texts += [(folder / f"{page}.md").read_text(encoding="utf-8") for page in pages]
+        entries = [entry(app, *found) for found in zip(pages, texts[-len(pages) :])]
+        lines += [f"## {part}", "\n".join(entries)]
     (folder / "llms.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "llms-full.txt").write_text("\n\n".join(texts.values()), encoding="utf-8")
+    (folder / "llms-full.txt").write_text("\n\n".join(texts), encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict:

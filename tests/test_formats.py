@@ -6,6 +6,7 @@ import re
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from book_pdf import make_pdf
+from browsers import PATIENCE
 from bs4 import BeautifulSoup
 from conftest import ROOT, toc_pages
 from fontTools.ttLib import TTFont
@@ -18,6 +19,7 @@ from pypdf import PdfReader
 def test_a_first_visit_weighs_less_than_a_megabyte(browser, url, name):
     "Gzipped, all that a browser asks for; Vega comes with demos only."
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     tab, answers = context.new_page(), []
     tab.on("response", lambda answer: answers.append(answer))
     tab.goto(f"{url}/{name}.html", wait_until="networkidle")
@@ -84,6 +86,20 @@ def test_a_page_on_paper(opened, name):
     assert tab.evaluate(CLIPPED) == []
     tab.evaluate("dispatchEvent(new Event('afterprint'))")
     assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_printing_waits_for_formulas(browser, url):
+    "Ctrl+P on a page that has just been opened."
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
+    tab = context.new_page()
+    tab.add_init_script("window.print = () => { late = !!document.querySelector('mjx-lazy'); }")
+    tab.goto(f"{url}/15_value_based.html", wait_until="networkidle")
+    assert tab.locator("mjx-lazy").count() > 0
+    tab.keyboard.press("Control+p")
+    tab.wait_for_function("'late' in window")
+    assert tab.evaluate("late") is False
+    context.close()
 
 
 def squeezed(text: str) -> str:
@@ -166,8 +182,8 @@ def test_the_plain_text_of_a_page_has_no_html(site, name):
 def test_the_list_of_texts_has_every_page(site):
     lines = (site / "llms.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# po_book" and lines[2].startswith("> ")
-    listed = [re.match(r"- \[.+\]\(https://\S+/(\w+)\.md\): \S.{20}", x) for x in lines if x[:2] == "- "]
-    assert [found[1] for found in listed] == toc_pages()
+    entry = re.compile(r"- \[.+\]\(https://\S+/(\w+)\.md\): \S.{20}")
+    assert [entry.match(x)[1] for x in lines if x.startswith("- ")] == toc_pages()
     assert "## Foundations" in lines
 
 
@@ -181,9 +197,9 @@ RECORDS = {
 def test_a_chapter_says_when_and_with_what_it_was_verified(site, name, records):
     page = BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
     (line,) = page.select("article .po-verified")
-    words = r"Last verified 20\d\d-\d\d-\d\d: ran in [\d.]+ s with po_book \S+, torch \S+, Python 3\.\d+\.\d+ on \w"
-    assert re.match(words, line.text)
+    when, versions = r"20\d\d-\d\d-\d\d", r"po_book \S+, torch \S+, Python 3\.\d+\.\d+"
+    assert re.match(rf"Last verified {when}: ran in [\d.]+ s with {versions} on \w", line.text)
     assert [link.text for link in line.find_all("a")] == records
     for record in records:
-        assert re.search(rf"{record} \(20\d\d-\d\d-\d\d\)", line.text)
+        assert re.search(rf"{record} \({when}\)", line.text)
     assert not line.find_next_sibling(["section", "p"])
