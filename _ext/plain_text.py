@@ -21,6 +21,7 @@ HEAD = """# {title}
 
 A book and a library, made from the same notebooks. [All of it in one text]({base}llms-full.txt)."""
 
+LANGUAGES = dict.fromkeys(["none", "default", "myst-ansi"], "text") | {"ipython3": "python"}
 # Empty lines, but not those of code.
 EMPTY = re.compile(r"(?P<code>^ *```.*?^ *```$)|\n{3,}", re.M | re.S)
 
@@ -47,10 +48,10 @@ class Page(MarkdownConverter):
         return f"\n\n$$\n{formula}\n$${said}\n\n"
 
     def convert_pre(self, el: Tag, text: str, parent_tags: set) -> str:
-        "Code with its language; a box in a box of another kind is output."
+        "Code and what it printed, in a fence that names the language."
         boxes = [c for p in el.parents for c in p.get("class", []) if c.startswith("highlight-")]
         language = boxes[0].removeprefix("highlight-") if boxes else "text"
-        language = {"ipython3": "python", "none": "text", "default": "text"}.get(language, language)
+        language = LANGUAGES.get(language, language)
         return f"\n\n```{language}\n{el.text.rstrip()}\n```\n\n"
 
 
