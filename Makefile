@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 # The tensors are small: a second thread would mostly wait, and longer on a busy machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: book serve test gpu lock clean
+.PHONY: book serve pdf test gpu lock clean
 
 book: $(INSTALLED)
 	$(BIN)/nbdev_export
@@ -18,6 +18,11 @@ book: $(INSTALLED)
 serve: book
 	(sleep 1; $(BIN)/python -m webbrowser -t http://localhost:8000) &
 	$(BIN)/python -m http.server 8000 --bind localhost --directory _build/html
+
+# Minutes, and a browser (Chromium or Chrome).
+pdf: book
+	$(BIN)/python _ext/book_pdf.py _build/po_book.pdf
+	cp _build/po_book.pdf _build/html/
 
 # The tests look at the built book. The longest chapters have been run by the build, which
 # stops at a cell that fails; `nbdev_test` without the pattern runs them once more.

@@ -11,6 +11,10 @@ NOT_FOUND = """<h1>Page not found</h1>
 <p>Chapters may have been renamed. <a href="/{0}/">The book starts here</a>,
 and <a href="/{0}/search.html">the search</a> knows every page.</p>"""
 
+# `make pdf` and plain_text.py put them beside the pages.
+FORMATS = """The book <a href="{0}po_book.pdf">as a PDF</a>, and
+<a href="{0}llms.txt">as text</a>"""
+
 SITEMAP = """<?xml version="1.0" encoding="utf-8"?>
 <urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">
 {}
@@ -30,6 +34,7 @@ def set_links(app: Sphinx, config: Config) -> None:
     config.notfound_context = {"title": "Page not found", "body": NOT_FOUND.format(repo)}
     config.release = config.version = settings["version"]
     config.copyright = settings["copyright"]
+    config.html_context |= {"book_description": settings["description"]}
     config.html_theme_options |= {
         "repository_url": f"https://github.com/{user}/{repo}",
         "repository_branch": settings["branch"],
@@ -37,6 +42,7 @@ def set_links(app: Sphinx, config: Config) -> None:
         "use_repository_button": True,
         "use_edit_page_button": True,
         "use_issues_button": True,
+        "extra_footer": FORMATS.format(config.html_baseurl),
     }
 
 

@@ -1,18 +1,20 @@
 import os
-import shutil
-import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import browsers
 import pytest
 import torch
 import yaml
+from playwright.sync_api import expect, sync_playwright
 from tiny_models import MODELS, SMALL, save_tiny
 
 from po_book.language_model import char_tokenizer, tiny_lm
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "_build" / "html"
-sys.path.insert(0, str(ROOT / "_ext"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,11 +40,61 @@ def site() -> Path:
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
-    found = next(filter(None, map(shutil.which, names)), None)
+    found = browsers.find()
     if found is None and os.environ.get("CI"):
-        pytest.fail(f"CI needs a browser, one of {names}")
-    return found or pytest.skip(f"no browser: none of {names} is installed")
+        pytest.fail(f"CI needs a browser, one of {browsers.NAMES}")
+    return found or pytest.skip(f"no browser: none of {browsers.NAMES} is installed")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def translate_path(self, path):
+        "Page 404 names its styles from where the site will stand."
+        return super().translate_path(path.removeprefix("/po_book"))
+
+
+@pytest.fixture(scope="module")
+def url(site):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    with sync_playwright() as playwright:
+        expect.set_options(timeout=browsers.PATIENCE)
+        browser = playwright.chromium.launch(executable_path=chromium, args=browsers.FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, url):
+    "Open a page; everything it complained about and asked for is collected."
+    contexts = []
+
+    def open_page(name: str, mode: str, **options):
+        options = {"viewport": {"width": 1300, "height": 900}} | options
+        context = browser.new_context(color_scheme=mode, **options)
+        context.set_default_timeout(browsers.PATIENCE)
+        contexts.append(context)
+        tab = context.new_page()
+        errors, elsewhere = [], []
+        tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda e: errors.append(str(e)))
+        tab.on("request", lambda r: None if r.url.startswith((url, "data:")) else elsewhere.append(r.url))
+        tab.goto(f"{url}/{name}.html", wait_until="networkidle")
+        # A script of the theme turns "auto" into the mode that the browser asks for.
+        tab.wait_for_function("mode => document.documentElement.dataset.theme === mode", arg=mode)
+        return tab, errors, elsewhere
+
+    yield open_page
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture(scope="module")

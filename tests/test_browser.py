@@ -3,24 +3,10 @@
 Every test waits for what it looks at, and gives a busy machine two minutes for it.
 """
 
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
+from browsers import PATIENCE
 from conftest import toc_pages
-from playwright.sync_api import expect, sync_playwright
-
-PATIENCE = 120_000  # ms
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
+from playwright.sync_api import expect
 
 # WCAG contrast of each visible piece of text against what lies behind it.
 LOW_CONTRAST = """() => {
@@ -50,65 +36,22 @@ LOW_CONTRAST = """() => {
 }"""
 
 
-# Formulas far from the screen wait until a reader comes near; a test asks for them.
-TYPESET_ALL = """async () => {
-  await MathJax.startup.promise;
-  await MathJax.startup.document.lazyTypesetAll();
+# What passes the right edge outside a box that scrolls.
+PAST_THE_EDGE = """() => {
+  const scrolls = node => !node.matches("article") &&
+    (getComputedStyle(node).overflowX !== "visible" || scrolls(node.parentElement));
+  const edge = document.documentElement.clientWidth + 1;
+  return [...document.querySelectorAll("article *")]
+    .filter(node => node.getBoundingClientRect().right > edge && !scrolls(node))
+    .map(node => `${node.tagName} ${node.className} ${node.textContent.slice(0, 40)}`);
 }"""
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture(scope="module")
-def url(site):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with sync_playwright() as playwright:
-        expect.set_options(timeout=PATIENCE)
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(browser, url):
-    "Open a page; everything it complained about and asked for is collected."
-    contexts = []
-
-    def open_page(name: str, mode: str, **options):
-        options = {"viewport": {"width": 1300, "height": 900}} | options
-        context = browser.new_context(color_scheme=mode, **options)
-        context.set_default_timeout(PATIENCE)
-        contexts.append(context)
-        tab = context.new_page()
-        errors, elsewhere = [], []
-        tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-        tab.on("pageerror", lambda e: errors.append(str(e)))
-        tab.on("request", lambda r: None if r.url.startswith((url, "data:")) else elsewhere.append(r.url))
-        tab.goto(f"{url}/{name}.html", wait_until="networkidle")
-        # A script of the theme turns "auto" into the mode that the browser asks for.
-        tab.wait_for_function("mode => document.documentElement.dataset.theme === mode", arg=mode)
-        return tab, errors, elsewhere
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
 @pytest.mark.parametrize("name", toc_pages())
-def test_a_page_renders_without_errors_and_alone(opened, name):
+def test_a_page_renders_without_errors_alone_and_on_a_phone(opened, name):
     tab, errors, elsewhere = opened(name, "light")
     if tab.locator("article .math").count():
-        tab.evaluate(TYPESET_ALL)
+        tab.evaluate("typesetPage()")  # formulas far from the screen wait for a reader
         tab.wait_for_function(
             "[...document.querySelectorAll('article .math')]"
             ".every(node => node.querySelector('mjx-math'))"
@@ -116,6 +59,9 @@ def test_a_page_renders_without_errors_and_alone(opened, name):
     assert tab.locator("mjx-merror").count() == 0
     assert tab.locator("mjx-container[tabindex='0']").count() == 0
     assert errors == [] and elsewhere == []
+    tab.set_viewport_size({"width": 375, "height": 700})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 375
+    assert tab.evaluate(PAST_THE_EDGE) == []
 
 
 def test_formulas_are_set_when_they_come_near(opened):
