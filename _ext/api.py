@@ -1,8 +1,8 @@
 """The API reference, written from the source of the library at build time.
 
-A page whose name begins with `api_` gets an entry for every public name of one part of the
-book, as objects of Sphinx's Python domain: so the search finds them, signatures link to
-each other, and a name in backticks on any page links to its entry.
+Each page of `PARTS` gets an entry for every public name of one part of the book, as objects
+of Sphinx's Python domain: so the search finds them, signatures link to each other, and a
+name in backticks on any page links to its entry. The page `api` lists all names.
 """
 
 import csv
@@ -94,8 +94,11 @@ def listed(arguments: list[Argument], owner: Entry) -> list[str]:
             continue
         if not said:
             logger.warning("nothing says what %s of %s.%s is", x.name, owner.module, owner.name)
-        default = f", default `{x.default}`" if x.default is not None else ""
-        lines.append(f"- `{x.name}`{default}: {said}")
+        # Where a signature stands above, it has the type.
+        kind = f" `{x.type}`" if owner.kind == "class" and not owner.signature else ""
+        value = MAKER.sub(r"\1()", x.default or "")
+        default = f", default `{value}`" if value else ""
+        lines.append(f"- **{x.name}**{kind}{default}: {said}")
     return lines
 
 
@@ -143,13 +146,28 @@ def section(module: Module, repository: str) -> list[str]:
     return lines
 
 
+def overview(part: str) -> list[str]:
+    "The names of every module of a part, each a link."
+    lines = [f"## [](/{part})", ""]
+    for module in of_part(part):
+        full = f"po_book.{module.name}"
+        names = ", ".join(f"{{py:obj}}`{name} <{full}.{name}>`" for name in module.public)
+        lines.append(f"- **[{module.name}](#api-{module.name})**: {names}")
+    return [*lines, ""]
+
+
+def of_part(part: str) -> list[Module]:
+    return [x for x in library().values() if x.page.startswith(PARTS[part])]
+
+
 def write_page(app: Sphinx, docname: str, source: list[str]) -> None:
-    if docname not in PARTS:
-        return
     theme = app.config.html_theme_options
     repository = f"{theme['repository_url']}/blob/{theme['repository_branch']}"
-    modules = [x for x in library().values() if x.page.startswith(PARTS[docname])]
-    lines = [line for module in modules for line in section(module, repository)]
+    lines = []
+    if docname in PARTS:
+        lines = [line for x in of_part(docname) for line in section(x, repository)]
+    elif docname == "api":
+        lines = [line for part in PARTS for line in overview(part)]
     source[0] += "\n" + "\n".join(lines)
 
 

@@ -52,10 +52,11 @@
 
   const place = () => {
     const frame = box.offsetParent.getBoundingClientRect();
+    const text = owner.closest('article').getBoundingClientRect();
     const line = owner.getClientRects()[0];
-    const left = Math.min(line.left, frame.right - box.offsetWidth);
+    const left = Math.max(text.left, Math.min(line.left, text.right - box.offsetWidth));
     const above = line.bottom + box.offsetHeight + 8 > innerHeight && line.top > innerHeight / 2;
-    box.style.left = `${Math.max(left, frame.left) - frame.left}px`;
+    box.style.left = `${left - frame.left}px`;
     box.style.top = `${(above ? line.top - 6 : line.bottom + 6) - frame.top}px`;
     box.classList.toggle('above', above);
   };
