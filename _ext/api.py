@@ -7,6 +7,7 @@ name in backticks on any page links to its entry. The page `api` lists all names
 
 import csv
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -66,18 +67,18 @@ def meaning(x: Argument, owner: Entry) -> str:
     kind = x.type.removesuffix(" | None")
     if kind in entries():
         return summary(entries()[kind][0])
+    return inherited(x.name, owner) or conventions().get(x.name.strip("*"), "")
+
+
+def inherited(name: str, owner: Entry) -> str:
+    "What a base class says of a parameter of its heir, or of the heir's method."
     for base in owner.bases:
         for entry in entries().get(base, []):
-            for y in inherited(entry, owner):
-                if y.name == x.name:
-                    return meaning(y, entry)
-    return conventions().get(x.name.strip("*"), "")
-
-
-def inherited(base: Entry, owner: Entry) -> list[Argument]:
-    "What a class says of the parameters of its heir `owner`, or of a method of its heir."
-    methods = [y for x in base.members if x.name == owner.name for y in x.arguments]
-    return methods or base.arguments
+            methods = [y for x in entry.members if x.name == owner.name for y in x.arguments]
+            found = [meaning(y, entry) for y in methods or entry.arguments if y.name == name]
+            if said := found[0] if found else inherited(name, replace(owner, bases=entry.bases)):
+                return said
+    return ""
 
 
 def summary(entry: Entry) -> str:

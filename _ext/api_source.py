@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 CELL = re.compile(r"# %% \.\./nbs/(\w+)\.ipynb #(\w+)")
+QUOTED = re.compile(r"(?<=: |> )\"(\w+)\"")  # a type that is imported for checkers only
 DOOR = "cli"  # the command line: what it reaches is for use
 
 
@@ -67,7 +68,7 @@ class Module:
 
     def __init__(self, path: Path):
         self.name, self.text = path.stem, path.read_text(encoding="utf-8")
-        self.tree = ast.parse(self.text)
+        self.tree, self.lines = ast.parse(self.text), self.text.splitlines()
         self.docstring = ast.get_docstring(self.tree) or ""
         found = list(CELL.finditer(self.text))
         self.page = found[0][1] if found else ""
@@ -100,7 +101,10 @@ class Module:
         return self.cells[max(x for x in self.cells if x < line)]
 
     def comment(self, node: ast.AST) -> str:
-        return self.comments.get(node.end_lineno, "")
+        "What stands beside a parameter, or alone in the line above."
+        above = self.lines[node.lineno - 2].strip()
+        alone = self.comments.get(node.lineno - 1, "") if above.startswith("#") else ""
+        return self.comments.get(node.end_lineno, "") or alone
 
     def arguments(self, node: ast.FunctionDef) -> list[Argument]:
         "Its parameters, without `self`."
@@ -125,7 +129,7 @@ class Module:
         if "property" in decorators:
             kind, signature = "property", written(node.returns)
         else:
-            signature = f"({written(spec)}){result}"
+            signature = QUOTED.sub(r"\1", f"({written(spec)}){result}")
         return Entry(self.name, node.name, kind, signature, self.arguments(node),
                      ast.get_docstring(node) or "", (node.lineno, node.end_lineno))
 
@@ -151,11 +155,10 @@ class Module:
                      (node.lineno, node.end_lineno), bases, members)
 
     def value(self, name: str, node: ast.stmt) -> Entry:
-        "A constant or an alias, with the comment beside it or above it as its docstring."
+        "A constant or an alias, with its comment as the docstring."
         kind = written(getattr(node, "annotation", None))
-        said = self.comments.get(node.lineno) or self.comments.get(node.lineno - 1, "")
-        said = "" if said.startswith("%%") else said
-        return Entry(self.name, name, "data", kind, [], said, (node.lineno, node.end_lineno))
+        said = self.comments.get(node.lineno) or self.comment(node)
+        return Entry(self.name, name, "data", kind, [], "" if said.startswith("%%") else said, (node.lineno, node.end_lineno))
 
     def entry(self, name: str) -> Entry:
         node = self.definitions[name]
