@@ -6,6 +6,7 @@ name in backticks on any page links to its entry. The page `api` lists all names
 """
 
 import csv
+import json
 import re
 from dataclasses import replace
 from functools import cache
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
 PARTS = {"api_foundations": "1", "api_trust_regions": "2", "api_control": "3",
-         "api_language": "4", "api_further": "5", "api_tools": "6"}  # fmt: skip
+         "api_language_models": "4", "api_further": "5", "api_tools": "6"}  # fmt: skip
 MAKER = re.compile(r"field\(default_factory=(\w+)\)")
 LABELS = re.compile(r"\b(Raises|Source):")
 IMPORT = re.compile(r"from (?:po_book)?\.?(\w+) import (\([^)]*\)|[^\n\\]*)")
@@ -149,7 +150,8 @@ def section(module: Module, repository: str) -> list[str]:
 
 def overview(part: str) -> list[str]:
     "The names of every module of a part, each a link."
-    lines = [f"## [](/{part})", ""]
+    title = part.removeprefix("api_").replace("_", " ").capitalize()
+    lines = [f"## {title}", "", f"With all entries: [](/{part}).", ""]
     for module in of_part(part):
         full = f"po_book.{module.name}"
         names = ", ".join(f"{{py:obj}}`{name} <{full}.{name}>`" for name in module.public)
@@ -170,14 +172,6 @@ def write_page(app: Sphinx, docname: str, source: list[str]) -> None:
     elif docname == "api":
         lines = [line for part in PARTS for line in overview(part)]
     source[0] += "\n" + "\n".join(lines)
-
-
-def resolve_type(app: Sphinx, env, node: addnodes.pending_xref, text: nodes.Element):
-    "Types in signatures: those of the library link to their entry, others stay text."
-    if node["refdomain"] != "py":
-        return None
-    found = resolve(env.get_domain("py"), node["reftarget"], node.get("py:module", ""), {})
-    return link(app.builder, node.get("refdoc"), found, text) if found else text
 
 
 def link(builder, page: str, found: tuple, text: nodes.Node) -> nodes.reference:
@@ -208,6 +202,28 @@ def words() -> set[str]:
     return {x.name.strip("*") for entry in every for x in entry.arguments}
 
 
+def imports_of(module: str) -> dict[str, str]:
+    "Which module each name comes from that a module of the library imports."
+    known = library().get(module.removeprefix("po_book."))
+    return {name: place for name, (place, _) in known.imports.items()} if known else {}
+
+
+class LinkTypes(SphinxPostTransform):
+    "Types in signatures: those of the library link to their entry, others stay text."
+
+    default_priority = 5  # before Sphinx, which warns of types that it does not know
+
+    def run(self, **kwargs) -> None:
+        domain = self.env.get_domain("py")
+        for node in list(self.document.findall(addnodes.pending_xref)):
+            if node["refdomain"] != "py" or not (module := node.get("py:module")):
+                continue
+            found = resolve(domain, node["reftarget"], module, imports_of(module))
+            text = node.children
+            shown = [link(self.app.builder, self.env.docname, found, text[0])] if found else text
+            node.parent.replace(node, shown)
+
+
 class LinkNames(SphinxPostTransform):
     "A name of the library in backticks links to its entry."
 
@@ -217,8 +233,12 @@ class LinkNames(SphinxPostTransform):
         "The module of a chapter, and where it imports each name from."
         page = self.env.docname
         module = next((f"po_book.{x.name}" for x in library().values() if x.page == page), "")
-        text = Path(self.env.doc2path(page)).read_text(encoding="utf-8").replace("\\n\",\n", "\n")
-        found = IMPORT.findall(text)
+        path = Path(self.env.doc2path(page))
+        if path.suffix != ".ipynb":
+            return module, {}
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(x["source"]) for x in cells if x["cell_type"] == "code")
+        found = IMPORT.findall(code)
         return module, {name: x for x, names in found for name in re.findall(r"\w+", names)}
 
     def run(self, **kwargs) -> None:
@@ -230,7 +250,8 @@ class LinkNames(SphinxPostTransform):
                 continue
             entry = around(node)
             here = entry["module"] if entry else module
-            found = resolve(domain, name.removesuffix("()"), here, imports)
+            known = imports_of(here) if entry else imports
+            found = resolve(domain, name.removesuffix("()"), here, known)
             if found and not (entry and found[0] == f"{here}.{entry['fullname']}"):
                 node.replace_self(link(self.app.builder, self.env.docname, found, node.deepcopy()))
 
@@ -255,6 +276,6 @@ def around(node: nodes.Node) -> addnodes.desc_signature | None:
 def setup(app: Sphinx) -> dict:
     # Before the bridge, which links the chapters that a docstring names.
     app.connect("source-read", write_page, priority=400)
-    app.connect("missing-reference", resolve_type)
+    app.add_post_transform(LinkTypes)
     app.add_post_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -105,7 +105,7 @@ def test_every_public_name_has_an_entry_that_leads_to_its_cell(site, module):
         assert all(re.search(rf"\b{x.name.strip('*')}\b", shown) for x in entry.arguments)
         use = "for use" if (module.name, name) in api.in_use() else "for study"
         facts = body.select_one(".po-api-facts")
-        assert facts.get_text().startswith(use)
+        assert facts.get_text().strip().startswith(use)
         chapter, source = (x["href"] for x in facts.select("a")[:2])
         file, anchor = chapter.split("#")
         cell = soup(site / file).find(id=anchor)
