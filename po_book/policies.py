@@ -183,7 +183,7 @@ class MultiCategoricalPolicy(CategoricalPolicy):
 
     def __init__(
         self,
-        obs_dim: int | tuple[int, int, int],  # entries of a vector, or shape of an image
+        obs_dim: int | tuple[int, int, int],  # a vector's entries, or an image's shape
         sizes: list[int],  # number of actions of each choice
         hidden: tuple[int, ...] = (64, 64),
         generator: torch.Generator | None = None,
