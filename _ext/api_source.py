@@ -9,7 +9,7 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,13 +117,12 @@ class Module:
         return [
             Argument(stars.get(id(x), "") + x.arg, written(x.annotation),
                      written(value) if value else None, self.comment(value or x))
-            for x, value in every if x.arg not in ("self", "cls")
+            for x, value in every if x.arg != "self"
         ]
 
     def function(self, node: ast.FunctionDef, kind: str = "function") -> Entry:
-        spec = ast.parse(ast.unparse(node)).body[0].args
-        if kind != "function":
-            spec.args = spec.args[1:]
+        spec = deepcopy(node.args)
+        spec.args = [x for x in spec.args if x.arg != "self"]
         result = f" -> {written(node.returns)}" if node.returns else ""
         decorators = {written(x) for x in node.decorator_list}
         if "property" in decorators:

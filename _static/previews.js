@@ -43,11 +43,12 @@
 
   const close = () => {
     clearTimeout(timer);
-    if (!box) return;
-    window.MathJax?.typesetClear?.([box]);
-    box.remove();
-    owner.removeAttribute('aria-describedby');
-    box = owner = null;
+    if (box) {
+      window.MathJax?.typesetClear?.([box]);
+      box.remove();
+      owner.removeAttribute('aria-describedby');
+    }
+    box = owner = null;  // also of what is still on its way
   };
 
   const place = () => {
@@ -107,8 +108,10 @@
   });
   document.addEventListener('click', (event) => {
     const link = linkOf(event);
-    if (event.pointerType !== 'touch' || !link?.matches('.po-term') || owner === link) return;
-    event.preventDefault();
-    open(link);
+    const opens = event.pointerType === 'touch' && link?.matches('.po-term') && owner !== link;
+    if (opens) {
+      event.preventDefault();
+      open(link);
+    } else if (link && !inBox(event)) close();
   });
 })();
