@@ -93,6 +93,10 @@ def complaint(cell: nodes.container, page: cell_page) -> str | None:
 
 
 def arrange(cell: nodes.container, page: cell_page) -> None:
+    if "defines" in page:
+        # The API reference leads here.
+        cell["names"].append(f"cell-{page['defines']}")
+        cell.document.note_explicit_target(cell, cell)
     if "fold" in page:
         fold(cell, page["fold"])
     if "skipped" in page:

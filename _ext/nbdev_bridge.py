@@ -102,6 +102,7 @@ def page_cell(cell: dict, number: int) -> dict | None:
         "label": directives.get("label:"),
         "caption": directives.get("fig-cap:"),
         "alt": directives.get("fig-alt:"),
+        "defines": cell.get("id") if "export" in directives else None,
     }
     text = json.dumps({k: v for k, v in options.items() if v is not None}, ensure_ascii=False)
     fence = "`" * 9

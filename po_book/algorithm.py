@@ -75,7 +75,7 @@ class Config:
 class Algorithm:
     "What tells one method from another."
 
-    config: type[Config]
+    config: type[Config]  # its settings
     iteration: Callable  # (learner, config, remaining) to a rollout and metrics
     backends: tuple[str, ...] = ("eager",)  # those that do what they say with it
 

@@ -71,7 +71,7 @@ def largest_root(
 class SharedWeights:
     "Parameters that several processes see, with RMSprop's memory of their gradients."
 
-    weights: Float[Tensor, "P"]
+    weights: Float[Tensor, "P"]  # in memory that all processes share
     squares: Float[Tensor, "P"]  # running mean of squared gradients
     updates: Int[Tensor, "1"]    # so far
     lock: object                 # of the multiprocessing context

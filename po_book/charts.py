@@ -84,6 +84,7 @@ def grid(
     return chart.transform_calculate(**formulas)
 
 # %% ../nbs/52_charts.ipynb #36dbec2b
+# Colours of the charts.
 BLUE, RED, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 # %% ../nbs/52_charts.ipynb #36099c51

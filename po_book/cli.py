@@ -104,6 +104,7 @@ def _learn(
     print(_grade(out))
 
 # %% ../nbs/61_command_line.ipynb #e842028f
+# A job of either kind.
 AnyJob = TypeVar("AnyJob")
 
 

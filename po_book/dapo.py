@@ -51,7 +51,7 @@ class Filled:
     "A full batch of informative groups, and what it took."
 
     groups: list[Any]                 # as `draw` gave them
-    rewards: Float[Tensor, "size G"]
+    rewards: Float[Tensor, "size G"]  # of the groups that were kept
     drawn: int                        # groups drawn in all
     draws: int                        # calls of `draw`
 
@@ -124,7 +124,7 @@ def _explanation(kept: Tensor, left: Tensor, size: int, draws: int) -> str:
 
 # %% ../nbs/47_dapo.ipynb #b39c1913
 def upweight(
-    advantages: Float[Tensor, "P G"],
+    advantages: Float[Tensor, "P G"],  # one row a prompt
     rewards: Float[Tensor, "P G"],  # that they were made from
 ) -> Float[Tensor, "P G"]:
     """Advantages over the share of informative groups; 0 in the other groups.

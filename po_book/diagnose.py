@@ -37,6 +37,7 @@ def mean_advantage(
     return np.where(known, policy_loss / np.where(known, entropy, 1), 0)
 
 # %% ../nbs/51_logs.ipynb #a5c30eaf
+# Columns of other libraries' logs, and what they are called here.
 NAMES: dict[str, str] = {
     # stable-baselines3
     "time/total_timesteps": "steps",
@@ -100,6 +101,7 @@ class HasLog(Protocol):
     log: Iterable[Mapping[str, Any]]
 
 
+# A run, its folder or a file in it, or the rows of its log.
 Source = HasLog | Path | str | Iterable[Mapping[str, Any]]
 
 
@@ -123,7 +125,7 @@ def read_rows(
 class Rule:
     "A fault, and the number that gives it away."
 
-    fault: str
+    fault: str                     # its name
     needs: tuple[str, ...]         # columns of the log
     measure: Callable[..., float]  # of these columns, as arrays of equal length
     limit: float  # above it the fault is likely
@@ -222,6 +224,7 @@ def _dead_from_the_start(dead: np.ndarray) -> float:
 
 # %% ../nbs/51_logs.ipynb #6fcba2ea
 _RATIO = "approx_kl", "clip_fraction"
+# All faults that are looked for.
 RULES: tuple[Rule, ...] = (
     Rule("sampler mismatch", ("mismatch",), _late, 0.05,
          "log-probabilities of sampler and learner differ by", "47b_mismatch", 3),
@@ -264,7 +267,7 @@ RULES: tuple[Rule, ...] = (
 class Finding:
     "A likely fault."
 
-    fault: str
+    fault: str     # its name
     evidence: str  # the number, and what is healthy
     page: str      # to be read
 
@@ -276,7 +279,7 @@ class Finding:
 class Diagnosis:
     "What a log says, and what it cannot say."
 
-    rows: int
+    rows: int   # of the log
     asked: int  # rules that could speak
     findings: tuple[Finding, ...]  # the likeliest first
     open: dict[str, str]           # faults that were not looked for, and why

@@ -39,7 +39,11 @@ class RowsOfAll(TorchFunctionMode):
 
     fills = "uniform_", "normal_", "exponential_", "bernoulli_", "random_"
 
-    def __init__(self, rank: int, size: int):
+    def __init__(
+        self,
+        rank: int,  # of this process
+        size: int,  # processes in all
+    ):
         super().__init__()
         self.rank, self.size = rank, size
 
@@ -237,6 +241,7 @@ def shared(
     return Algorithm(algorithm.config, iteration)
 
 # %% ../nbs/37_distributed.ipynb #b85f90cd
+# Methods that several processes train as one run.
 TOGETHER = {name: shared(ALGORITHMS[name]) for name in ("a2c", "trpo", "ppo")}
 
 # %% ../nbs/37_distributed.ipynb #ca200989

@@ -20,8 +20,10 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 # %% ../nbs/60_figures.ipynb #62c7c266
+# Colours of curves, in order; colour-blind readers tell them apart.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
+# Settings of matplotlib for the figures of the book.
 STYLE = {
     "axes.prop_cycle": plt.cycler(color=COLORS),
     "axes.spines.right": False,
@@ -124,7 +126,7 @@ def recorded(
 class Table:
     "Rows of text under their headings; a notebook shows it as a table."
 
-    rows: list[dict[str, str]]
+    rows: list[dict[str, str]]  # texts by heading
 
     def _repr_markdown_(self) -> str:
         lines = [list(self.rows[0]), ["---"] * len(self.rows[0])]

@@ -69,6 +69,7 @@ def _divided(
     return torch.where(centred == 0, 0, centred / (std + eps))
 
 # %% ../nbs/46_grpo.ipynb #c015a5ea
+# What divides the rewards less their group's mean.
 Scale = Literal["group", "batch", "advantage", "mean", "none"]
 
 # %% ../nbs/46_grpo.ipynb #72e518fb

@@ -49,9 +49,9 @@ def student_t(
 class Interval:
     "An estimate from a few runs, and the interval around it."
 
-    estimate: float
-    low: float
-    high: float
+    estimate: float  # of the mean or median
+    low: float       # its lower end
+    high: float      # its upper end
     n: int            # runs, or pairs of runs
     level: float      # probability that all of the comparisons are inside
     comparisons: int  # intervals that are looked at together

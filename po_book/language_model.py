@@ -129,6 +129,7 @@ def pack(
     return Sequences(ids.to(device), real.to(device), mask.to(device))
 
 # %% ../nbs/40_language_model.ipynb #c8af61d9
+# A text, its tokens, or messages.
 Prompt = str | list[int] | list[dict[str, Any]]
 
 # %% ../nbs/40_language_model.ipynb #827f6617

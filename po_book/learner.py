@@ -279,6 +279,7 @@ class RecordedLearner(PreparingLearner):
         return Rollout(**columns, complete=self.stepper.complete)
 
 # %% ../nbs/33a_learner.ipynb #92405854
+# How a gradient step is executed, by name.
 BACKENDS: dict[str, type[Learner]] = {
     "eager": Learner,
     "compiled": CompiledLearner,

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/60b_lm_job.ipynb #2617c00a
+# Tasks by name.
 TASKS: dict[str, type[Task]] = {"chain-addition": ChainAddition, "countdown": Countdown}
 
 # %% ../nbs/60b_lm_job.ipynb #33b0092e

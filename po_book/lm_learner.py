@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/48c_lm_learner.ipynb #1f1b57ae
+# Kinds of numbers in products of matrices.
 Precision = Literal["float32", "bf16", "fp16"]
 
 # %% ../nbs/48c_lm_learner.ipynb #7528520a

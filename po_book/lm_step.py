@@ -98,7 +98,11 @@ def row_entropies(
 class ActorCritic(nn.Module):
     "All that is trained: the policy, and a critic where the objective wants one."
 
-    def __init__(self, policy: "PreTrainedModel", critic: ValueModel | None = None):
+    def __init__(
+        self,
+        policy: "PreTrainedModel",  # the actor
+        critic: ValueModel | None = None,
+    ):
         super().__init__()
         self.policy, self.critic = policy, critic
 
@@ -124,6 +128,7 @@ class Part:
     index: Int[Tensor, "M"]  # which rows of the batch
     columns: slice           # without those that are padding in all of the rows
     group_size: int          # adjacent rows share a prompt
+    # Columns of these rows, by name.
     rows: dict[str, Float[Tensor, "M K"] | Int[Tensor, "M K"] | Bool[Tensor, "M K"]]
 
 # %% ../nbs/48b_step.ipynb #fde90409

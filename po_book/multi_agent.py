@@ -107,7 +107,7 @@ class OwnNetworks(nn.Module):
     def __init__(
         self,
         columns: slice,  # of the observations in a row, one agent after the other
-        agents: int,
+        agents: int,  # of a team
         share: bool,     # one network for all, told which agent asks
         make: Callable[[int], nn.Module],  # from a number of inputs
     ):
@@ -134,7 +134,7 @@ class JointNetwork(nn.Module):
     def __init__(
         self,
         columns: slice,  # of everything, in a row
-        agents: int,
+        agents: int,  # of a team
         make: Callable[[int], nn.Module],  # from a number of inputs
     ):
         super().__init__()

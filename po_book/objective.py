@@ -153,6 +153,7 @@ _GROUP, _FREE, _DRAWN = Group(), NoReference(), Informative()
 _GRPO = Objective(_GROUP, Clip(), InLoss(), _SAMPLE)
 
 # %% ../nbs/48_objective.ipynb #c5c9a253
+# Methods by name, each as its choices.
 PRESETS: dict[str, Objective] = {
     # control
     "reinforce": Objective(Returns(), OneStep(), _FREE, _SUM),

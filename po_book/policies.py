@@ -183,7 +183,7 @@ class MultiCategoricalPolicy(CategoricalPolicy):
 
     def __init__(
         self,
-        obs_dim: int | tuple[int, int, int],
+        obs_dim: int | tuple[int, int, int],  # a vector's entries, or an image's shape
         sizes: list[int],  # number of actions of each choice
         hidden: tuple[int, ...] = (64, 64),
         generator: torch.Generator | None = None,
@@ -265,7 +265,7 @@ class Normalizer(nn.Module):
     Until the first `update` it changes nothing but outliers.
     """
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim: int):  # entries of an observation
         super().__init__()
         zeros = torch.zeros(obs_dim, dtype=torch.float64)
         # In float64, or a million observations would no longer move the mean.

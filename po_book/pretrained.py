@@ -126,7 +126,7 @@ def check_fit(
 # %% ../nbs/40a_pretrained.ipynb #de8a3997
 def write_model(
     model: "PreTrainedModel",  # or one with adapters: then these are written
-    folder: Path,
+    folder: Path,  # its parent must be there
 ) -> None:
     "Write weights and settings, whatever the settings of generate are."
     with _writable(model):

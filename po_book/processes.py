@@ -214,8 +214,8 @@ def ring_sum(
 
 # %% ../nbs/36a_processes.ipynb #d74962bb
 def ring_step(
-    x: Float[Tensor, "P"],
-    gradient: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "P"],  # parameters, alike in all
+    gradient: Callable[[Tensor], Tensor],  # on the rows of this process
     lr: float,
     wire: Wire,
 ) -> Float[Tensor, "P"]:

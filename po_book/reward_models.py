@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
 
     def __init__(
         self,
-        lm: "PreTrainedModel",
+        lm: "PreTrainedModel",  # whose trunk it takes
         tokenizer: "PreTrainedTokenizerBase",
         share_trunk: bool = False,  # read the model's own trunk instead of a copy
     ):
@@ -326,6 +326,7 @@ def potential_rewards(
     return torch.cat([potentials, potentials.new_tensor([outcome])]).diff()
 
 # %% ../nbs/43a_reward_models.ipynb #e841123b
+# What a judge is asked.
 QUESTION = """Problem: {prompt}
 Response: {completion}
 How good is the response, from 0 (useless) to 10 (perfect)? End with the number."""

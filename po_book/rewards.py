@@ -22,9 +22,11 @@ from torch import nn
 from .checks import check_at_least, check_whole, require
 
 # %% ../nbs/43_rewards.ipynb #ef4201ae
+# Gives each completion a number, or None where it has nothing to say.
 Reward = Callable[..., Sequence[float | None]]
 
 # %% ../nbs/43_rewards.ipynb #0f6e7527
+# What a function may ask for, by the names of its parameters.
 OFFERED = "completion_ids", "finished", "trainer_state", "log_metric", "log_extra"
 
 # %% ../nbs/43_rewards.ipynb #2a85b9ba
@@ -315,7 +317,7 @@ def _fresh(name: str, taken: Iterable[str]) -> str:
 # %% ../nbs/43_rewards.ipynb #d3e11d32
 #| code-fold: true
 def weighted_sum(
-    rewards: Sequence[Reward],
+    rewards: Sequence[Reward],  # the functions
     weights: Sequence[float] | None = None,  # one a reward; 1 each without
 ) -> Reward:
     """The sum {eq}`eq-rewards-sum` as a reward, each part as by `compute_rewards`.

@@ -283,7 +283,9 @@ def _rollout(rows: list[tuple], complete: bool = False) -> Rollout:
     return Rollout(obs, actions, rewards.float(), next_obs, *flags, complete)
 
 # %% ../nbs/31_rollout.ipynb #25096530
+# Ids of environments made of tensors, and where each is.
 TENSOR_ENVS: dict[str, str] = {"po_book/CartPole-v1": "po_book.tensor_env:CartPole"}
+# An id, what makes an environment, or several of them in a vector.
 Env = str | Callable[[], gym.Env] | VectorEnv
 
 # %% ../nbs/31_rollout.ipynb #ca1d4ba4
@@ -399,6 +401,7 @@ def _play(policy: Policy, stepper: Stepper, *how: object) -> Float[Tensor, "N"]:
     return (rewards.float() * valid).sum(0)
 
 # %% ../nbs/31_rollout.ipynb #f4e628d3
+# What needs random numbers; each has its own.
 STREAMS = "weights", "actions", "starts", "minibatches", "evaluation"
 
 

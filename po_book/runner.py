@@ -39,7 +39,7 @@ from .rollout import Env, episode_returns, evaluate, spawn_seed
 class Run:
     "A training run: what was asked, what was learned, what was seen."
 
-    algorithm: str
+    algorithm: str  # a key of `ALGORITHMS`, which a later chapter defines
     env: Env
     seed: int
     device: str

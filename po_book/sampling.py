@@ -426,7 +426,7 @@ def _check_generator(
 # %% ../nbs/41_sampling.ipynb #403f5eba
 #| code-fold: true
 def join(
-    parts: list[Samples] | tuple[Samples, ...],
+    parts: list[Samples] | tuple[Samples, ...],  # in the order of their rows
     pad_id: int,  # fills both ends
 ) -> Samples:
     """Samples of several calls as those of one.

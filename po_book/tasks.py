@@ -121,7 +121,7 @@ class ChainAddition(Task):
     "`3+8+5=` is answered by `11,16`."
 
     fewest: int = 3  # terms
-    most: int = 5
+    most: int = 5    # terms
 
     def __post_init__(self):
         _check_range(self.fewest, self.most, 2, 100)
@@ -170,7 +170,7 @@ class Countdown(Task):
     "`2,3,7=13:` is answered by `2*3=6,6+7=13`, and by any other way."
 
     fewest: int = 2  # numbers
-    most: int = 3
+    most: int = 3    # numbers
 
     def __post_init__(self):
         _check_range(self.fewest, self.most, 2, 5)
@@ -203,7 +203,7 @@ class Countdown(Task):
 # %% ../nbs/42_tasks.ipynb #1c844458
 def minimise(
     loss: Callable[[Int[Tensor, "B"]], Float[Tensor, ""]],  # of these examples
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter],  # that learn
     examples: int,         # how many there are; drawn with replacement
     steps: int,            # gradient steps
     batch_size: int,       # examples of a step
@@ -250,7 +250,7 @@ def sft(
     prompts: list[Prompt],  # texts, or lists of messages
     completions: list[str],    # what to answer; the end token is added
     steps: int,                # gradient steps
-    batch_size: int = 64,
+    batch_size: int = 64,  # examples of a step
     lr: float = 1e-3,          # of AdamW, constant; a pretrained model wants 1e-5
     generator: torch.Generator | None = None,  # of the order of the examples
 ) -> list[float]:
@@ -338,7 +338,7 @@ def success_rate(
 class Estimate(NamedTuple):
     "A mean, and how far it is likely to be off."
 
-    mean: float
+    mean: float   # over problems
     error: float  # standard error; NaN where there is one problem only
 
 # %% ../nbs/42_tasks.ipynb #18272dc8

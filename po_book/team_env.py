@@ -93,7 +93,7 @@ class Meeting(_SmallTeam):
     def __init__(
         self,
         cells: int = 7,    # of the line
-        players: int = 2,
+        players: int = 2,  # agents of the team
         steps: int = 10,   # time limit
     ):
         check_whole(cells=cells, players=players, steps=steps)

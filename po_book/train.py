@@ -372,7 +372,7 @@ def ppo_iteration(
     return rollout, ppo_epochs(learner, config, batch, remaining)
 
 # %% ../nbs/35_train.ipynb #927fc9fd
-ALGORITHMS: dict[str, Algorithm] = {
+ALGORITHMS: dict[str, Algorithm] = {  # methods by name
     "reinforce": Algorithm(ReinforceConfig, reinforce_iteration),
     "a2c": Algorithm(A2CConfig, a2c_iteration, tuple(BACKENDS)),
     "trpo": Algorithm(TRPOConfig, trpo_iteration),
@@ -389,7 +389,7 @@ _FAST = _AS_IT_IS | dict(total_steps=50_000, lr=3e-3, gamma=0.98, lam=0.9, epoch
                          minibatch=256)
 _CARTPOLE = dict(trpo=_FAST, ppo=_FAST | dict(lr=3.5e-3, epochs=6))
 _CARTPOLE["a2c"] = _AS_IT_IS | dict(total_steps=100_000, lr=7e-3, n_steps=32)
-PRESETS: dict[tuple[str, str], dict] = {
+PRESETS: dict[tuple[str, str], dict] = {  # found settings, by method and id
     **{(method, "CartPole-v1"): known for method, known in _CARTPOLE.items()},
     **{(method, "po_book/CartPole-v1"): known for method, known in _CARTPOLE.items()},
     ("ppo", "Acrobot-v1"): _FAST | dict(total_steps=100_000),

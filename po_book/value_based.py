@@ -211,7 +211,7 @@ class Replay:
     Source: Lin 1992.
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int):  # rows kept; then the oldest go
         check_at_least(1, capacity=capacity)
         self.capacity, self.size, self.head = capacity, 0, 0
         self.columns: dict[str, Tensor] = {}

@@ -3,6 +3,8 @@
 Every test waits for what it looks at, and gives a busy machine two minutes for it.
 """
 
+import re
+
 import pytest
 from browsers import PATIENCE
 from conftest import toc_pages
@@ -198,3 +200,66 @@ def test_without_javascript_a_demo_is_a_picture(browser, url):
     assert stills.count() >= 4
     expect(stills.first).to_be_visible()
     context.close()
+
+
+def preview(tab):
+    return tab.locator(".po-preview")
+
+
+def test_an_equation_is_shown_beside_its_link(opened):
+    "Under the pointer, which may go into it; typeset, and in the colours of the mode."
+    tab, errors, elsewhere = opened("22_ppo", "dark")
+    link = tab.locator("article p a[href^='14_advantage.html#equation-']").first
+    link.scroll_into_view_if_needed()
+    link.hover()
+    expect(preview(tab).locator("mjx-math").first).to_be_visible()
+    preview(tab).hover()
+    tab.wait_for_timeout(600)
+    expect(preview(tab)).to_be_visible()
+    color = preview(tab).evaluate("node => getComputedStyle(node).backgroundColor")
+    assert sum(map(int, color[4:-1].split(","))) < 200
+    tab.mouse.move(2, 2)
+    expect(preview(tab)).to_have_count(0)
+    assert errors == [] and elsewhere == []
+
+
+def test_a_term_is_explained_to_the_keyboard(opened):
+    tab, errors, _ = opened("14_advantage", "light")
+    term = tab.locator("article a.po-term").nth(1)
+    tab.locator("article a.po-term").first.focus()
+    tab.keyboard.press("Tab")
+    expect(term).to_be_focused()
+    expect(preview(tab)).to_contain_text("The mean squared distance")
+    assert term.get_attribute("aria-describedby") == preview(tab).get_attribute("id")
+    tab.keyboard.press("Escape")
+    expect(preview(tab)).to_have_count(0)
+    expect(term).to_be_focused()
+    assert errors == []
+
+
+def test_a_finger_opens_a_definition_and_then_follows_it(opened):
+    tab, _, _ = opened("14_advantage", "light", **PHONE)
+    term = tab.locator("article a.po-term").nth(1)
+    term.tap()
+    expect(preview(tab)).to_be_visible()
+    box = preview(tab).bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 375
+    assert "14_advantage" in tab.url
+    term.tap()
+    tab.wait_for_url("**/glossary.html#term-variance")
+
+
+def test_a_finger_follows_every_other_link_at_once(opened):
+    tab, _, _ = opened("22_ppo", "light", **PHONE)
+    tab.locator("article p a[href^='14_advantage.html#equation-']").first.tap()
+    tab.wait_for_url("**/14_advantage.html#equation-*")
+
+
+def test_the_cheat_sheet_is_one_sheet(opened):
+    tab, _, _ = opened("cheat_sheet", "light")
+    tab.evaluate(TYPESET_ALL)
+    tab.wait_for_function(
+        "[...document.querySelectorAll('article .math')].every(x => x.querySelector('mjx-math'))"
+    )
+    paper = tab.pdf(format="A4", prefer_css_page_size=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", paper)) == 1

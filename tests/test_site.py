@@ -71,7 +71,7 @@ def test_no_id_of_a_source_shows(site, name):
     "Ids stand in `source=` and in comments; the page of the sources explains them."
     prose = "".join(page(site / f"{name}.html").text)
     # Code names them in strings, which are arguments of a check.
-    shown = re.sub(r"\"(S\d\.|system )[^\"]*\"", "", prose)
+    shown = re.sub(r"[\"“](S\d\.|system )[^\"”]*[\"”]", "", prose)
     assert not re.findall(r"\bS\d\.\d+\w?|\bsystem \d+", shown)
 
 
