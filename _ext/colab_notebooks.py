@@ -16,6 +16,7 @@ from cell_pages import is_cell
 from demo_pages import MIME, demo
 from docutils import nodes
 from jupyter_cache import get_cache
+from nbdev_bridge import OWN_CELLS
 from nbformat import NotebookNode, write
 from parallel_execution import bridged
 from plain_markdown import PlainMarkdown
@@ -34,6 +35,7 @@ EXTRAS = {
     "peft": r"(from|import) peft\b",
     "video": r"rgb_array|--video",
 }
+EQUATION = re.compile(r"\{eq\}`([\w-]+)`")
 FIRST = """\
 # Installs the library of the book where it is missing, as on Colab.
 from importlib.util import find_spec
@@ -47,8 +49,6 @@ print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "no
 print("{needs}")"""
 NEEDS_GPU = "needs a GPU"
 GUARD = "import torch\n\nif torch.cuda.is_available():\n"
-# For the site alone.
-OWN = {"show-demos", "show-memory"}
 
 
 def requirement(settings: dict, extras: list[str]) -> str:
@@ -58,6 +58,15 @@ def requirement(settings: dict, extras: list[str]) -> str:
         return f"{name}=={settings['version']}"
     home = f"https://github.com/{settings['user']}/{settings['repo']}"
     return f"{name} @ git+{home}@{settings['branch']}"
+
+
+def needs(executed: NotebookNode, seconds: float, gpu: bool) -> str:
+    "What a chapter took when the book was made, and whether it asks for a GPU."
+    (peak,) = (cell.outputs for cell in executed.cells if cell.id == "show-memory")
+    memory = re.findall(r"\d+", str(peak))
+    took = f"{seconds:.0f} s" + (f" and {int(memory[0]) / 2**20:.1f} GiB" if memory else "")
+    last = "Some of its cells need a GPU." if gpu else "It needs no GPU."
+    return f"On two CPU cores this chapter took {took}. {last}"
 
 
 def shown_chart(data: dict) -> dict:
@@ -87,7 +96,7 @@ class ReaderNotebook:
         self.left = {
             index: cell
             for index, cell in enumerate(executed.cells)
-            if cell.cell_type == "code" and cell.id not in OWN
+            if cell.cell_type == "code" and cell.id not in OWN_CELLS
         }
         self.gpu = False
 
@@ -122,8 +131,9 @@ class ReaderNotebook:
         for cell in cells:
             cell.parent.remove(cell)
         named = [node.parent] if isinstance(node, nodes.title) else node.findall(nodes.Element)
+        names = [name for part in named for name in part["ids"]]
         if text := self.writer.write(node):
-            self.add_text(text, [name for part in named for name in part["ids"]])
+            self.add_text(text, [name for name in names if not re.fullmatch(r"id\d+", name)])
         for cell in cells:
             self.add_code(cell, folded=node[0].astext())
 
@@ -213,16 +223,23 @@ class ColabBuilder(Builder):
         if not self.is_notebook(docname):
             return
         key, executed = self.cache.merge_match_into_notebook(bridged(self.app, docname))
+        seconds = self.cache.get_cache_record(key).data["execution_seconds"]
         numbers = self.env.toc_fignumbers.get(docname, {})
         notebook = ReaderNotebook(executed, PlainMarkdown(numbers, self.picture))
         notebook.writer.level -= 1
         notebook.add(doctree)
         code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
         extras = [extra for extra, named in EXTRAS.items() if re.search(named, code)]
-        seconds = self.cache.get_cache_record(key).data["execution_seconds"]
-        first = FIRST.format(requirement=requirement(self.settings, extras), needs=seconds)
+        asked, said = requirement(self.settings, extras), needs(executed, seconds, notebook.gpu)
+        first = FIRST.format(requirement=asked, needs=said)
         self.homes[docname] = notebook.home
         self.notebooks[docname] = notebook.finish(first, f"{docname}.ipynb")
+
+    def equation(self, found: re.Match) -> str:
+        "Its number, where a docstring refers to it."
+        page, _ = self.env.get_domain("math").equations[found[1]]
+        number = self.env.toc_fignumbers[page]["displaymath"][f"equation-{found[1]}"]
+        return f"({'.'.join(map(str, number))})"
 
     def scroll_to(self, docname: str, text: str) -> str:
         "Links to an id lead to the cell that holds it."
@@ -243,6 +260,8 @@ class ColabBuilder(Builder):
             for cell in notebook.cells:
                 if cell.cell_type == "markdown":
                     cell.source = self.scroll_to(docname, cell.source)
+                else:
+                    cell.source = EQUATION.sub(self.equation, cell.source)
             write(notebook, Path(self.outdir, f"{docname}.ipynb"))
 
 
