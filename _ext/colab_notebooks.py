@@ -6,7 +6,6 @@ and to nothing else, so all that can be referred to begins a cell, or stands in 
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
 
@@ -69,21 +68,15 @@ def needs(executed: NotebookNode, seconds: float, gpu: bool) -> str:
     return f"On two CPU cores this chapter took {took}. {last}"
 
 
-def shown_chart(data: dict) -> dict:
-    "The data of an output, with a picture in place of a chart that only the site draws."
-    if MIME not in data:
-        return data
-    rest = {kind: value for kind, value in data.items() if kind != MIME}
-    return rest | {"image/svg+xml": vl_convert.vegalite_to_svg(data[MIME])}
-
-
-def clean_outputs(outputs: list[NotebookNode]) -> Iterator[NotebookNode]:
-    for output in outputs:
-        if output.get("name") == "stderr":
-            continue
-        if "data" in output:
-            output = output | {"data": shown_chart(output["data"]), "metadata": {}}
-        yield NotebookNode(output | {"execution_count": None} if "execution_count" in output else output)
+def shown(output: NotebookNode) -> NotebookNode:
+    "An output with a picture in place of a chart that only the site draws."
+    if "execution_count" in output:
+        output.execution_count = None
+    if "data" in output:
+        output.metadata = {}
+        if chart := output.data.pop(MIME, None):
+            output.data["image/svg+xml"] = vl_convert.vegalite_to_svg(chart)
+    return output
 
 
 class ReaderNotebook:
@@ -151,8 +144,9 @@ class ReaderNotebook:
             self.add_text(self.writer.write(figure.next_node(nodes.caption)), figure["ids"])
 
     def add_run(self, cell: NotebookNode) -> None:
-        run = nbf.new_code_cell(cell.source, outputs=list(clean_outputs(cell.outputs)))
-        self.add_cell(run, cell.id)
+        # A failing cell stops the build, so what stands in stderr are progress bars.
+        outputs = [shown(x) for x in cell.outputs if x.get("name") != "stderr"]
+        self.add_cell(nbf.new_code_cell(cell.source, outputs=outputs), cell.id)
 
     def add_not_run(self, cell: NotebookNode, why: str) -> None:
         text = f"*The next cell was not run for the book: {why}.*"
@@ -170,9 +164,9 @@ class ReaderNotebook:
 
     def add_demo(self, node: demo) -> None:
         module, maker = node["maker"].rsplit(".", 1)
-        output = nbf.new_output("display_data", shown_chart({MIME: node["chart"]}))
+        outputs = [nbf.new_output("display_data", {MIME: node["chart"]})]
         code = f"from {module} import {maker}\n\n{maker}()"
-        self.add_cell(nbf.new_code_cell(code, outputs=[output]), f"demo-{len(self.cells)}")
+        self.add_run(nbf.new_code_cell(code, id=f"demo-{len(self.cells)}", outputs=outputs))
 
     def finish(self, first: str, name: str) -> NotebookNode:
         "The notebook, with the rest of its code and the cell that installs."
