@@ -108,7 +108,7 @@ class PlainMarkdown:
         return f"$${' '.join(node.astext().split())}{tag}$$"
 
     def literal_block(self, node: nodes.Element) -> str:
-        return fenced(node.astext(), node.get("language", ""))
+        return fenced(node.astext().rstrip(), node.get("language", ""))
 
     def block_quote(self, node: nodes.Element) -> str:
         return quote(self.blocks(node))
