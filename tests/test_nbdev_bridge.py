@@ -228,7 +228,7 @@ def test_what_is_no_chapter_of_ours_stays(text):
 def test_prose_of_a_notebook_is_linked():
     cells = [{"cell_type": "markdown", "source": ["See\n", "chapter 46."], "metadata": {}}]
     text = json.dumps({"cells": cells, "metadata": {"kernelspec": {}}})
-    (cell,) = json.loads(bridge_notebook(text, "", CHAPTERS))["cells"]
+    cell, _ = json.loads(bridge_notebook(text, "", CHAPTERS))["cells"]
     assert cell["source"] == "See\n[chapter 46](46_grpo.ipynb)."
 
 
