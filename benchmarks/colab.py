@@ -4,8 +4,8 @@
     python benchmarks/colab.py --wheel dist/po_book-0.1.0-py3-none-any.whl ...
 
 The kernels are those of this Python, in a folder with nothing else. Their first cell then
-installs the last commit of this checkout, in place of GitHub's. With `--wheel` the library
-is there before. Exits with 1 if a cell fails, or if a package that was there is another
+installs the last commit of this checkout, in place of GitHub's, and every notebook does so
+anew. With `--wheel` the library is there before. Exits with 1 if a cell fails, or if a package that was there is another
 one afterwards. Records are looked for beside the folder, so that none is downloaded.
 """
 
@@ -80,7 +80,12 @@ def main() -> None:
         folder = Path(name)
         stand_in_for_github(folder)
         shutil.copytree(ROOT / "results", folder / "results")
-        passed = [run(path, folder) for path in asked.notebooks]
+        passed = []
+        for path in asked.notebooks:
+            passed.append(run(path, folder))
+            if not asked.wheel and "po-book" not in before:
+                # Colab has a new machine for every notebook.
+                pip("uninstall", "-q", "-y", "po-book")
     after = installed()
     replaced = {x: (old, after.get(x)) for x, old in before.items() if after.get(x) != old}
     added = [f"{x}=={after[x]}" for x in after.keys() - before.keys()]
