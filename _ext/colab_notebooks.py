@@ -12,6 +12,7 @@ from textwrap import indent
 import nbformat.v4 as nbf
 import vl_convert
 from cell_pages import is_cell
+from chapter_numbers import number_equations
 from demo_pages import MIME, demo
 from docutils import nodes
 from jupyter_cache import get_cache
@@ -34,7 +35,6 @@ EXTRAS = {
     "peft": r"(from|import) peft\b",
     "video": r"rgb_array|--video",
 }
-EQUATION = re.compile(r"\{eq\}`([\w-]+)`")
 FIRST = """\
 # Installs the library of the book where it is missing, as on Colab.
 from importlib.util import find_spec
@@ -229,12 +229,6 @@ class ColabBuilder(Builder):
         self.homes[docname] = notebook.home
         self.notebooks[docname] = notebook.finish(first, f"{docname}.ipynb")
 
-    def equation(self, found: re.Match) -> str:
-        "Its number, where a docstring refers to it."
-        page, _ = self.env.get_domain("math").equations[found[1]]
-        number = self.env.toc_fignumbers[page]["displaymath"][f"equation-{found[1]}"]
-        return f"({'.'.join(map(str, number))})"
-
     def scroll_to(self, docname: str, text: str) -> str:
         "Links to an id lead to the cell that holds it."
         start = re.escape(COLAB.format(**self.settings))
@@ -255,7 +249,7 @@ class ColabBuilder(Builder):
                 if cell.cell_type == "markdown":
                     cell.source = self.scroll_to(docname, cell.source)
                 else:
-                    cell.source = EQUATION.sub(self.equation, cell.source)
+                    cell.source = number_equations(self.env, cell.source)
             write(notebook, Path(self.outdir, f"{docname}.ipynb"))
 
 

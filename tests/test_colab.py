@@ -178,13 +178,19 @@ def test_the_button_leads_to_a_notebook_that_is_published(name):
     assert all((FOLDER / url.removeprefix(HERE)).exists() for url in buttons)
 
 
-def test_the_workflow_publishes_that_folder_on_that_branch():
-    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text("utf-8"))
-    steps = flow["jobs"]["book"]["steps"]
-    (push,) = [step for step in steps if "git push" in step.get("run", "")]
+def steps(workflow: str, job: str) -> list[dict]:
+    text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)["jobs"][job]["steps"]
+
+
+def test_that_folder_is_published_on_that_branch_and_run_every_week():
+    (push,) = [step for step in steps("book", "book") if "git push" in step.get("run", "")]
     assert push["working-directory"] == "_build/colab"
-    assert "'s/^colab_branch = //p'" in push["run"] and HERE.endswith(f"/{SETTINGS['colab_branch']}/")
+    assert "'s/^colab_branch = //p'" in push["run"]
+    assert HERE.endswith(f"/{SETTINGS['colab_branch']}/")
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {*NAMES}
+    published = [step["with"] for step in steps("latest", "colab") if "with" in step]
+    assert published == [{"ref": SETTINGS["colab_branch"], "path": "_build/colab"}]
 
 
 def test_notebooks_run_elsewhere_in_a_new_process():
