@@ -61,8 +61,7 @@ def requirement(settings: dict, extras: list[str]) -> str:
 
 def needs(executed: NotebookNode, seconds: float, gpu: bool) -> str:
     "What a chapter took when the book was made, and whether it asks for a GPU."
-    (peak,) = (cell.outputs for cell in executed.cells if cell.id == "show-memory")
-    memory = re.findall(r"\d+", str(peak))
+    memory = re.findall(r"HWM.*?(\d+) kB", str(executed.cells[-1].outputs))
     took = f"{seconds:.0f} s" + (f" and {int(memory[0]) / 2**20:.1f} GiB" if memory else "")
     last = "Some of its cells need a GPU." if gpu else "It needs no GPU."
     return f"On two CPU cores this chapter took {took}. {last}"

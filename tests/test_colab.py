@@ -9,7 +9,7 @@ from functools import cache
 import nbformat
 import pytest
 import yaml
-from colab_notebooks import EXTRAS, requirement
+from colab_notebooks import EXTRAS, needs, requirement
 from conftest import ROOT, SITE, toc_pages
 from docutils import nodes
 from nbdev_bridge import read_directives
@@ -85,6 +85,15 @@ def test_a_version_is_installed_from_the_index_once_it_is_there(version):
     there = "po-book[peft,math]==0.1.0"
     here = "po-book[peft,math] @ git+https://github.com/us/book@main"
     assert asked == (here if "dev" in version else there)
+
+
+def test_what_a_chapter_took_is_read_from_its_last_cell():
+    output = nbformat.v4.new_output("execute_result", {"text/plain": "['VmHWM:\\t  943718 kB\\n']"})
+    last = nbformat.v4.new_code_cell(id="show-memory", outputs=[output])
+    ran = nbformat.v4.new_notebook(cells=[last])
+    assert needs(ran, 47.2, False) == "On two CPU cores this chapter took 47 s and 0.9 GiB. It needs no GPU."
+    last.outputs = []  # as on a Mac
+    assert needs(ran, 1.9, True) == "On two CPU cores this chapter took 2 s. Some of its cells need a GPU."
 
 
 @each

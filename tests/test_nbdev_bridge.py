@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from chapter_numbers import link_chapters
@@ -165,6 +166,14 @@ def test_the_inputs_reach_the_cache_key():
         return get_cache("unused").create_hashed_notebook(notebook)[1]
 
     assert key("a") == key("a") != key("b")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux keeps count")
+def test_the_last_cell_says_what_the_kernel_held_and_does_not_show():
+    text = json.dumps({"cells": [], "metadata": {"kernelspec": {}}})
+    *_, last = json.loads(bridge_notebook(text, ""))["cells"]
+    assert last["id"] == "show-memory" and last["metadata"]["tags"] == ["remove-cell"]
+    assert "VmHWM" in str(eval(last["source"].splitlines()[-1], {"Path": Path}))  # of this process
 
 
 def test_the_hash_follows_names_and_contents(tmp_path):
