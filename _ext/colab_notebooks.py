@@ -16,7 +16,7 @@ from chapter_numbers import number_equations
 from demo_pages import MIME, demo
 from docutils import nodes
 from jupyter_cache import get_cache
-from nbdev_bridge import OWN_CELLS
+from nbdev_bridge import OWN_CELLS, REASONS
 from nbformat import NotebookNode, write
 from parallel_execution import bridged
 from plain_markdown import PlainMarkdown
@@ -46,7 +46,6 @@ import torch
 
 print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
 print("{needs}")"""
-NEEDS_GPU = "needs a GPU"
 GUARD = "import torch\n\nif torch.cuda.is_available():\n"
 
 
@@ -149,7 +148,7 @@ class ReaderNotebook:
 
     def add_not_run(self, cell: NotebookNode, why: str) -> None:
         text = f"*The next cell was not run for the book: {why}.*"
-        if NEEDS_GPU in why:
+        if REASONS["cuda"] in why:
             self.gpu = True
             cell.source = GUARD + indent(cell.source, "    ")
             text = "*The next cell needs a GPU. Without one it does nothing.*"
