@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 # The tensors are small: a second thread would mostly wait, and longer on a busy machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: book serve pdf test gpu lock clean
+.PHONY: book serve colab colab-test pdf test gpu lock clean
 
 book: $(INSTALLED)
 	$(BIN)/nbdev_export
@@ -24,9 +24,20 @@ pdf: book
 	$(BIN)/python _ext/book_pdf.py _build/po_book.pdf
 	cp _build/po_book.pdf _build/html/
 
+# The notebooks that readers open in Colab, from what the book has run.
+colab: book
+	$(BIN)/jupyter-book build nbs --config _config.yml --toc "$(CURDIR)/_toc.yml" \
+		--path-output . --builder custom --custom-builder colab -W -n --keep-going -q
+
+# All of them, in a new environment with what Colab has; about as long as a first `make book`.
+colab-test: colab
+	$(PYTHON) -m venv --clear _build/colab-env
+	_build/colab-env/bin/pip install -q -r benchmarks/colab.txt
+	_build/colab-env/bin/python benchmarks/colab.py _build/colab/*.ipynb
+
 # The tests look at the built book. The longest chapters have been run by the build, which
 # stops at a cell that fails; `nbdev_test` without the pattern runs them once more.
-test: book
+test: colab
 	$(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^(15|22|36|38|42|45|46|49|50)_'
 	$(BIN)/pytest -n 2 --dist worksteal
 

@@ -103,6 +103,7 @@ def arrange(cell: nodes.container, page: cell_page) -> None:
         why = page["skipped"]
         text = f"Not run here: {why}." if why else "Not run here."
         cell += nodes.paragraph("", text, classes=["po-not-run"])
+        cell["not_run"] = why
     for image in cell.findall(nodes.image):
         image["alt"] = page.get("alt", image.get("alt", ""))
 

@@ -81,27 +81,32 @@ def assign_section_numbers(self: TocTreeCollector, env: BuildEnvironment) -> lis
     return [name for name, value in env.toc_secnumbers.items() if value != before.get(name)]
 
 
-class EquationsInCode(SphinxPostTransform):
-    """Show the number of an equation that a docstring refers to, as prose does.
+def number_equations(env: BuildEnvironment, code: str) -> str:
+    """`code` with the numbers of the equations that its docstrings refer to.
 
     A label that is nowhere defined stays as it is.
     """
+    equations = env.get_domain("math").equations
+
+    def number(found: re.Match) -> str:
+        page, _ = equations.get(found[1], (None, None))
+        numbers = env.toc_fignumbers.get(page, {}).get("displaymath", {})
+        parts = numbers.get(f"equation-{found[1]}")
+        return f"({'.'.join(map(str, parts))})" if parts else found[0]
+
+    return re.sub(r"\{eq\}`([^`]+)`", number, code)
+
+
+class EquationsInCode(SphinxPostTransform):
+    "Show the number of an equation that a docstring refers to, as prose does."
 
     default_priority = 10
 
     def run(self, **kwargs) -> None:
-        equations = self.env.get_domain("math").equations
-
-        def number(found: re.Match) -> str:
-            page, _ = equations.get(found[1], (None, None))
-            numbers = self.env.toc_fignumbers.get(page, {}).get("displaymath", {})
-            parts = numbers.get(f"equation-{found[1]}")
-            return f"({'.'.join(map(str, parts))})" if parts else found[0]
-
         for block in self.document.findall(nodes.literal_block):
             if "{eq}`" in (code := block.astext()):
                 # Sphinx colours only a block whose source is its text.
-                block.rawsource = re.sub(r"\{eq\}`([^`]+)`", number, code)
+                block.rawsource = number_equations(self.env, code)
                 block[:] = [nodes.Text(block.rawsource)]
 
 

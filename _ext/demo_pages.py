@@ -66,7 +66,7 @@ class DemoDirective(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         module, maker = self.arguments[0].rsplit(".", 1)
         chart = getattr(import_module(module), maker)()
-        return [demo("", chart=chart.to_dict()), *self.parse_content_to_nodes()]
+        return [demo("", chart=chart.to_dict(), maker=self.arguments[0]), *self.parse_content_to_nodes()]
 
 
 def visit_demo(self, node: demo) -> None:

@@ -32,6 +32,14 @@ FIGURE = {"label:", "fig-cap:", "fig-alt:"}
 FLAGS = {"default_exp", "export", "exporti", "exports", "hide", "slow", "cuda"}
 REASONS = {"slow": "takes minutes", "cuda": "needs a GPU"}
 
+# What the kernel of a notebook held at its fullest moment; Linux keeps count of it.
+MEMORY = """\
+from pathlib import Path
+
+[line for path in Path("/proc/self").glob("status") for line in path.open() if "HWM" in line]"""
+# For the site alone.
+OWN_CELLS = {"show-demos": SHOW, "show-memory": MEMORY}
+
 LEADING = re.compile(r"\s*#\s*\|(.*)")
 MAGIC = re.compile(r"\s*%%\w+")
 
@@ -110,6 +118,12 @@ def page_cell(cell: dict, number: int) -> dict | None:
     return {"cell_type": "markdown", "id": f"page-{number}", "metadata": {}, "source": source}
 
 
+def own_cell(name: str) -> dict:
+    "A cell that runs with a chapter and that its page does not show."
+    cell = {"cell_type": "code", "id": name, "metadata": {"tags": ["remove-cell"]}}
+    return cell | {"source": OWN_CELLS[name], "outputs": [], "execution_count": None}
+
+
 def bridge_notebook(text: str, inputs: str, chapters: dict[str, str] | None = None) -> str:
     """The notebook as MyST-NB should see it; `inputs` is what its outputs depend on.
 
@@ -125,9 +139,8 @@ def bridge_notebook(text: str, inputs: str, chapters: dict[str, str] | None = No
         if bridged := bridge_cell(cell):
             cells.append(bridged)
     if re.search(r"po_book\.(charts|demos|lm_demos) |default_exp charts", text):
-        shown = {"cell_type": "code", "id": "show-demos", "metadata": {"tags": ["remove-cell"]}}
-        cells.insert(1, shown | {"source": SHOW, "outputs": [], "execution_count": None})
-    notebook["cells"] = cells
+        cells.insert(1, own_cell("show-demos"))
+    notebook["cells"] = [*cells, own_cell("show-memory")]
     # Of a notebook's metadata, the execution cache hashes the kernelspec alone.
     notebook["metadata"]["kernelspec"]["inputs"] = inputs
     return json.dumps(notebook)

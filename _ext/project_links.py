@@ -1,6 +1,6 @@
 "Make every link to the project from settings.ini, where owner and name stand once."
 
-from configparser import ConfigParser
+from configparser import ConfigParser, SectionProxy
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -22,10 +22,18 @@ SITEMAP = """<?xml version="1.0" encoding="utf-8"?>
 """
 
 
-def set_links(app: Sphinx, config: Config) -> None:
+# Where the reader notebooks are (colab_notebooks.py), on a branch that the workflow writes.
+COLAB = "https://colab.research.google.com/github/{user}/{repo}/blob/{colab_branch}/"
+
+
+def read_settings() -> SectionProxy:
     parser = ConfigParser(delimiters=["="])
     parser.read(Path(__file__).parent.parent / "settings.ini", encoding="utf-8")
-    settings = parser["DEFAULT"]
+    return parser["DEFAULT"]
+
+
+def set_links(app: Sphinx, config: Config) -> None:
+    settings = read_settings()
     user, repo = settings["user"], settings["repo"]
     config.html_baseurl = f"https://{user}.github.io/{repo}/"
     config.ogp_site_url = config.html_baseurl
@@ -46,6 +54,14 @@ def set_links(app: Sphinx, config: Config) -> None:
     }
 
 
+def point_to_colab(app: Sphinx, pagename: str, template: str, context: dict, doctree) -> None:
+    "The theme would open the notebook that the page is written in."
+    for group in context.get("header_buttons", []):
+        if group.get("label") == "launch-buttons":
+            (button,) = group["buttons"]
+            button["url"] = f"{COLAB.format(**read_settings())}{pagename}.ipynb"
+
+
 def write_sitemap(app: Sphinx, error: Exception | None) -> None:
     "The address of every page, also of those that this build did not write anew."
     if error or app.builder.format != "html":
@@ -58,5 +74,7 @@ def write_sitemap(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict:
     # Before the theme and sphinx-notfound-page look at the configuration.
     app.connect("config-inited", set_links, priority=1)
+    # After the theme has made its buttons.
+    app.connect("html-page-context", point_to_colab, priority=502)
     app.connect("build-finished", write_sitemap)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -54,7 +54,7 @@ def _show(verdict: str, claim: str, evidence: str, source: str | None) -> None:
         return
     from IPython.display import display
 
-    badge = f'<span class="po-verdict po-{verdict}">{verdict}</span>'
+    badge = f'<b class="po-verdict po-{verdict}">{verdict}</b>'
     shown = {"text/markdown": f"{badge} {claim} · {evidence}", "text/plain": plain}
     kept = {"verdict": verdict, "claim": claim, "evidence": evidence, "source": source}
     display(shown, raw=True, metadata={"po_book": kept})

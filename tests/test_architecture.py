@@ -72,7 +72,7 @@ def page_imports(path: Path) -> list[tuple[str, list[str]]]:
     found = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "%pip" not in source:
+        if cell["cell_type"] == "code":
             for node in ast.walk(ast.parse(source)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("po_book."):
                     found.append((node.module.split(".")[1], [a.name for a in node.names]))

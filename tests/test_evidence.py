@@ -37,7 +37,7 @@ def checks(name: str) -> list[Check]:
     found = []
     for cell in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text("utf-8"))["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "%pip" not in source:
+        if cell["cell_type"] == "code":
             calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
             kinds = [getattr(call.func, "id", "") for call in calls]
             found += [read(c, k) for c, k in zip(calls, kinds) if k in CHECKS and c.args]

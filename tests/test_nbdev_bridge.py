@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from chapter_numbers import link_chapters
@@ -167,6 +168,14 @@ def test_the_inputs_reach_the_cache_key():
     assert key("a") == key("a") != key("b")
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux keeps count")
+def test_the_last_cell_says_what_the_kernel_held_and_does_not_show():
+    text = json.dumps({"cells": [], "metadata": {"kernelspec": {}}})
+    *_, last = json.loads(bridge_notebook(text, ""))["cells"]
+    assert last["id"] == "show-memory" and last["metadata"]["tags"] == ["remove-cell"]
+    assert "VmHWM" in str(eval(last["source"].splitlines()[-1], {"Path": Path}))  # of this process
+
+
 def test_the_hash_follows_names_and_contents(tmp_path):
     def current() -> str:
         return hash_files(tmp_path, "po_book/*.py", "results/**/*")
@@ -228,7 +237,7 @@ def test_what_is_no_chapter_of_ours_stays(text):
 def test_prose_of_a_notebook_is_linked():
     cells = [{"cell_type": "markdown", "source": ["See\n", "chapter 46."], "metadata": {}}]
     text = json.dumps({"cells": cells, "metadata": {"kernelspec": {}}})
-    (cell,) = json.loads(bridge_notebook(text, "", CHAPTERS))["cells"]
+    cell, _ = json.loads(bridge_notebook(text, "", CHAPTERS))["cells"]
     assert cell["source"] == "See\n[chapter 46](46_grpo.ipynb)."
 
 
