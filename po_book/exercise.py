@@ -183,10 +183,10 @@ def _gradient(exercise: Exercise, got: Outcome) -> Fault | None:
 
 # %% ../nbs/62_exercise.ipynb #61671cec
 def _place(index: Sequence[int], shape: Sequence[int], axes: Sequence[str]) -> str:
-    "Such as `step 2 of environment 0`; nothing where there is only one entry."
+    "Such as `step 2, environment 0`; nothing where there is only one entry."
     named = [f"{a} {i}" for a, i, n in zip(axes, index, shape) if n > 1]
     bare = f"entry {[*index]}" if len(axes) < len(shape) else ""
-    return " of ".join(named) or (bare if max(shape, default=1) > 1 else "")
+    return ", ".join(named) or (bare if max(shape, default=1) > 1 else "")
 
 
 def _differ(want: Tensor, got: Tensor, axes: Sequence[str]) -> tuple[str, str]:
@@ -218,7 +218,7 @@ def _values(exercise: Exercise, got: Outcome, want: Outcome) -> Fault | None:
         if not _close(slope, wanted, exercise.atol):
             place, number = _differ(wanted, slope, exercise.axes)
             where = f"the gradient in `{name}`, {place}".replace(", should", " should")
-            return Fault("value", "", (where, number))
+            return Fault("slope", "", (where, number))
     return None
 
 # %% ../nbs/62_exercise.ipynb #73e38e83
@@ -253,9 +253,9 @@ def _is_random(exercise: Exercise, answer: Callable, case: dict[str, Any]) -> bo
 # %% ../nbs/62_exercise.ipynb #134c8a75
 ORDER = (
     "nothing", "type", "raised", "changed", "shape", "dtype",
-    "no gradient", "gradient", "value", "not finite",
+    "no gradient", "gradient", "value", "not finite", "slope",
 )
-NUMERIC = {"value", "not finite"}
+NUMERIC = {"value", "not finite", "slope"}
 
 
 def _is_mistake(exercise: Exercise, answer: Callable, mistake: Mistake) -> bool:
@@ -276,13 +276,13 @@ def _named(exercise: Exercise, answer: Callable) -> str | None:
 
 # %% ../nbs/62_exercise.ipynb #8dba34b7
 def _smallest(
-    exercise: Exercise, answer: Callable, kinds: set[str], first: dict[str, Any]
+    exercise: Exercise, answer: Callable, kind: str, first: dict[str, Any]
 ) -> dict[str, Any]:
     "The smallest case with such a fault that Hypothesis finds."
 
     def shows(case: dict[str, Any]) -> bool:
         fault = _judge(exercise, answer, case)
-        return fault is not None and fault.kind in kinds
+        return fault is not None and fault.kind == kind
 
     search = _settings(Phase.generate, Phase.shrink)
     with suppress(Flaky, NoSuchExample):
@@ -353,8 +353,7 @@ def judge(
         says = "it answers the same question differently each time"
         return Grade(False, _sentence(says, first, Fault("random", says)), first)
     named = _named(exercise, answer) if fault.kind in NUMERIC else None
-    kinds = NUMERIC if named else {fault.kind}
-    case = _smallest(exercise, answer, kinds, first)
+    case = _smallest(exercise, answer, fault.kind, first)
     fault = _judge(exercise, answer, case) or fault
     says = named or fault.says or "the numbers are not right"
     return Grade(False, _sentence(says, case, fault), case)
