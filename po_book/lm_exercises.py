@@ -7,6 +7,8 @@ __all__ = ['SIZES', 'LONGER', 'TOKEN_LOGPROBS', 'TOP_P', 'PASS_AT_K', 'REWARD_SU
            'KL_REWARDS', 'TOKEN_GAE', 'TRUNCATED', 'LANGUAGE', 'begins']
 
 # %% ../nbs/62c_lm_exercises.ipynb #de65aadf
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -24,8 +26,10 @@ SIZES = {"N": (1, 2), "L": (1, 3)}
 LONGER = choice(True, False)
 
 
-def begins(case: dict) -> dict:
-    "A mask that is true from the first token to some token."
+def begins(
+    case: dict[str, Any],  # arguments, a mask [N, L] among them
+) -> dict[str, Any]:
+    "The same, with a mask that is true from the first token to some token."
     mask = case["mask"].clone()
     mask[:, 0] = True
     return case | {"mask": mask.cumprod(1).bool()}
