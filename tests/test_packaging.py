@@ -16,8 +16,15 @@ from conftest import ROOT
 
 MODULES = """
 import importlib, pkgutil, sys, po_book
+graded = set()
 for module in pkgutil.iter_modules(po_book.__path__):
-    importlib.import_module(f"po_book.{module.name}")
+    try:
+        importlib.import_module(f"po_book.{module.name}")
+    except ImportError as error:
+        assert "pip install 'po-book[grade]'" in str(error), error
+        graded.add(module.name)
+kinds = "foundation", "control", "lm", "group"
+assert graded == {"exercise", "grade", *(f"{x}_exercises" for x in kinds)}, graded
 unwanted = {"nbdev", "fastcore", "execnb", "pytest", "jupyter_book"} & set(sys.modules)
 assert not unwanted, unwanted
 """
@@ -71,7 +78,7 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
     extras = set(metadata.get_all("Provides-Extra"))
     assert extras == {
         "video", "box2d", "peft", "data", "math", "tensorboard", "wandb", "agents", "demos",
-        "dev",
+        "grade", "dev",
     }  # fmt: skip
     assert extras - {"dev"} == set(re.findall("`(.*?)`", line))
     asked = [x for x in metadata.get_all("Requires-Dist") if "extra == " in x]
@@ -83,7 +90,7 @@ def test_the_extras_are_those_that_the_readme_names(wheel):
         "video": ["pygame-ce"], "box2d": ["gymnasium[box2d]"], "peft": ["peft"],
         "data": ["datasets"], "math": ["math-verify"],
         "tensorboard": ["tensorboard"], "wandb": ["wandb"], "agents": ["pettingzoo", "mpe2"],
-        "demos": ["altair"],
+        "demos": ["altair"], "grade": ["hypothesis"],
     }  # fmt: skip
 
 
