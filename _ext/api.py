@@ -60,14 +60,18 @@ def in_use() -> set[tuple[str, str]]:
     return reached(library())
 
 
+def plain(kind: str) -> str:
+    "A type that may be missing, without that."
+    return kind.removesuffix(" | None")
+
+
 def meaning(x: Argument, owner: Entry) -> str:
     """What a parameter is: the comment beside it, or what its own type says, or its base
     class, or the convention of the book."""
     if x.meaning:
         return x.meaning
-    kind = x.type.removesuffix(" | None")
-    if kind in entries():
-        return summary(entries()[kind][0])
+    if plain(x.type) in entries():
+        return summary(entries()[plain(x.type)][0])
     return inherited(x.name, owner) or conventions().get(x.name.strip("*"), "")
 
 
@@ -96,8 +100,9 @@ def listed(arguments: list[Argument], owner: Entry) -> list[str]:
             continue
         if not said:
             logger.warning("nothing says what %s of %s.%s is", x.name, owner.module, owner.name)
-        # Where a signature stands above, it has the type.
-        kind = f" `{x.type}`" if owner.kind == "class" and not owner.signature else ""
+        # The type stands in the signature above, or begins what is said of it.
+        typed = owner.kind != "class" or owner.signature or said.startswith(f"`{plain(x.type)}`")
+        kind = "" if typed else f" `{x.type}`"
         value = MAKER.sub(r"\1()", x.default or "")
         default = f", default `{value}`" if value else ""
         lines.append(f"- **{x.name}**{kind}{default}: {said}")

@@ -55,7 +55,7 @@
     const frame = box.offsetParent.getBoundingClientRect();
     const text = owner.closest('article').getBoundingClientRect();
     const line = owner.getClientRects()[0];
-    const left = Math.max(text.left, Math.min(line.left, text.right - box.offsetWidth));
+    const left = Math.max(text.left, Math.min(line.left, text.right - box.offsetWidth - 8));
     const above = line.bottom + box.offsetHeight + 8 > innerHeight && line.top > innerHeight / 2;
     box.style.left = `${left - frame.left}px`;
     box.style.top = `${(above ? line.top - 6 : line.bottom + 6) - frame.top}px`;
