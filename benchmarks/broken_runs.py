@@ -10,18 +10,19 @@ variant is a method, healthy, or with its fault behind a colon. The limits of
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
+from engine import Stale
 from provenance import record
 from recording import written
 
 import po_book.learner
 import po_book.lm_learner
+import po_book.memory
 import po_book.train
 import po_book.train_lm
 from po_book.credit import Group
@@ -30,8 +31,6 @@ from po_book.lm_learner import LMConfig, tiny_config
 from po_book.objective import PRESETS
 from po_book.pretrained import load_lm, save_lm
 from po_book.rollout import Rollout
-from po_book.samplers import Completion
-from po_book.sampling import sample
 from po_book.tasks import ChainAddition, sft
 from po_book.terms import InLoss
 from po_book.train import default_config, train
@@ -119,6 +118,21 @@ def endless(make: Callable) -> Callable:
     return batch
 
 
+def ascending(loss: Callable) -> Callable:
+    "A loss of DQN that is made larger; what is logged stays the loss."
+
+    def climb(*x) -> tuple[torch.Tensor, dict]:
+        value_loss, metrics = loss(*x)
+        return -value_loss, metrics
+
+    return climb
+
+
+def beyond(target: Callable) -> Callable:
+    "Targets that go on behind the end of an episode."
+    return lambda r, v, end, gamma: target(r, v, torch.zeros_like(end), gamma)
+
+
 def divided(normalize: Callable) -> Callable:
     "Advantages over their deviation, with their mean."
     return lambda group, x, mask=None: x / x.std()
@@ -147,30 +161,18 @@ def rounded(masters: Callable) -> Callable:
     return lambda model: model.bfloat16()
 
 
-class Stale:
-    "A sampler that keeps the weights that it began with."
-
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = deepcopy(model), tokenizer
-
-    def load(self, model) -> None:
-        pass
-
-    def __call__(self, prompts, request) -> list[Completion]:
-        draws = torch.Generator().manual_seed(request.seed)
-        size = request.group_size, request.max_new_tokens, request.temperature
-        drawn = sample(self.model, self.tokenizer, prompts, *size, generator=draws)
-        columns = drawn.ids, drawn.logps, drawn.mask, drawn.finished.tolist()
-        return [Completion(x[m].tolist(), p[m].tolist(), f) for x, p, m, f in zip(*columns)]
-
-
 def ones(prompts: list, completions: list[str], **columns) -> list[float]:
     "A reward that has taken to a digit: the share of it in the answer."
     return [text.count("1") / max(1, len(text)) for text in completions]
 
 
+def faster(method: str, env: str = "CartPole-v1") -> dict:
+    "Thirty times the learning rate."
+    return dict(lr=30 * default_config(method, env).lr)
+
+
 PPO = dict(total_steps=16_000)
-RATE = dict(lr=30 * default_config("ppo", "CartPole-v1").lr, **PPO)
+SHORT, SPREAD = dict(total_steps=6_000), "mpe2/simple_spread-v3"
 NEAR = dict(kl=InLoss(1.0))
 SLOW = dict(lr=TINY.lr / 30)
 KL = dict(kl_coef=1.0, kl_target=0.01, clip=None, **PPO)
@@ -183,6 +185,11 @@ VARIANTS: dict[str, Control | Language] = {
     "PPO, constant": Control("ppo", changes=PPO | dict(anneal=False)),
     "PPO-KL": Control("ppo", changes=KL),
     "PPO, Acrobot": Control("ppo", "Acrobot-v1", PPO),
+    "DQN": Control("dqn", changes=PPO),
+    "DDPG": Control("ddpg", "Pendulum-v1", SHORT),
+    "IPPO": Control("ippo", SPREAD, PPO),
+    "MAPPO": Control("mappo", SPREAD, PPO),
+    "HAPPO": Control("happo", SPREAD, PPO),
     "PPO, language": Language("rlhf-ppo"),
     "RLOO": Language("rloo"),
     "GRPO": Language("grpo"),
@@ -191,11 +198,18 @@ VARIANTS: dict[str, Control | Language] = {
     "GRPO, rate / 30": Language("grpo", SLOW),
     "Dr. GRPO": Language("dr-grpo"),
     "DAPO": Language("dapo"),
+    "REINFORCE++": Language("reinforce++"),
+    "MaxRL": Language("maxrl"),
+    "GSPO": Language("gspo"),
+    "GMPO": Language("gmpo"),
+    "CISPO": Language("cispo"),
+    "SAPO": Language("sapo"),
+    "DPPO": Language("dppo"),
     # broken
     "PPO-KL: wrong KL sign": Control(
         "ppo", changes=KL, broken=swapped(po_book.train, "approx_kl", minus)
     ),
-    "PPO: rate × 30": Control("ppo", changes=RATE),
+    "PPO: rate × 30": Control("ppo", changes=PPO | faster("ppo")),
     "PPO: clip 10": Control("ppo", changes=PPO | dict(clip=0.99, clip_high=10.0)),
     "PPO: value loss with the wrong sign": Control(
         "ppo", changes=PPO, broken=swapped(po_book.train, "ppo_loss", climbing)
@@ -205,6 +219,19 @@ VARIANTS: dict[str, Control | Language] = {
     ),
     "A2C: advantages not centred": Control(
         "a2c", changes=PPO, broken=swapped(po_book.learner.Alone, "normalize", divided)
+    ),
+    "DQN: rate × 30": Control("dqn", changes=PPO | faster("dqn")),
+    "DQN: value loss with the wrong sign": Control(
+        "dqn", changes=PPO, broken=swapped(po_book.memory, "dqn_loss", ascending)
+    ),
+    "DQN: episode ends ignored": Control(
+        "dqn", changes=PPO, broken=swapped(po_book.memory, "td_target", beyond)
+    ),
+    "DDPG: rate × 30": Control(
+        "ddpg", "Pendulum-v1", SHORT | faster("ddpg", "Pendulum-v1")
+    ),
+    "DDPG: value loss with the wrong sign": Control(
+        "ddpg", "Pendulum-v1", SHORT, swapped(po_book.memory, "mse_loss", minus)
     ),
     "GRPO: wrong KL sign": Language(
         "grpo", choices=NEAR, broken=swapped(InLoss, "price", minus)

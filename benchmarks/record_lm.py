@@ -10,12 +10,14 @@ from the same fine-tuned model, whose success is the row of step 0, and is what
 that one is run, and the rows of the others stay.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from engine import EightBits
 from lm_start import fine_tuned
 from provenance import peak_mb
 from recording import Record, asked
@@ -28,7 +30,7 @@ from po_book.reward_models import RewardModel, fit_reward_model, pair_accuracy
 from po_book.rollout import spawn_seed
 from po_book.sampling import sample
 from po_book.tasks import ChainAddition, pass_at_k, verdicts
-from po_book.terms import Aggregation, InReward, NoReference
+from po_book.terms import Aggregation, Banded, InReward, NoReference, Truncated
 from po_book.tokens import Clip
 from po_book.train_lm import train_lm
 
@@ -41,6 +43,7 @@ class Variant:
 
     objective: Objective
     config: LMConfig
+    sampler: Callable | None = None  # of the model and the tokenizer; None: the learner
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ LONG = tiny_config(
     steps=700, max_new_tokens=16, eval_every=25, eval_prompts=500, overlong_cache=0
 )
 SHORT = replace(METHODS, steps=40)
+HALF = replace(METHODS, prompts=16, steps=40, eval_every=20)
 HARD = replace(METHODS, steps=50, eval_samples=4, eval_prompts=200)
+GRPO = preset("grpo", kl=NoReference())
 NAIVE = Objective(Group(), Clip(), NoReference(), Aggregation("sample"))
 FILTER = replace(HARD, drop_truncated=True)
 SOFT = replace(FILTER, overlong_cache=4)
@@ -83,7 +88,7 @@ RECORDS = {
         "DAPO": Variant(preset("dapo"), replace(METHODS, steps=51)),
     }),
     "grpo_long": LMRecord(ADDITION, 3, {
-        "GRPO": Variant(preset("grpo", kl=NoReference()), LONG),
+        "GRPO": Variant(GRPO, LONG),
     }, threads=2),
     "lm_ablation": LMRecord(ChainAddition(3, 7), 8, {
         "naive GRPO": Variant(NAIVE, HARD),
@@ -94,6 +99,20 @@ RECORDS = {
         "+ dynamic sampling": Variant(
             replace(TOKEN, selection=Informative()), SOFT
         ),
+    }),
+    "lm_after_dapo": LMRecord(ADDITION, 8, {
+        # Fewer steps, for as many samples: it draws groups again.
+        "DAPO": Variant(preset("dapo"), replace(HALF, steps=30, eval_every=15)),
+        "GRPO": Variant(GRPO, HALF),
+        "REINFORCE++": Variant(preset("reinforce++", kl=NoReference()), HALF),
+        "MaxRL": Variant(preset("maxrl", trust=Clip()), HALF),
+        "GSPO": Variant(preset("gspo"), HALF),
+        "CISPO": Variant(preset("cispo"), HALF),
+        "SAPO": Variant(preset("sapo"), HALF),
+        "DPPO": Variant(preset("dppo"), HALF),
+        "GRPO, 8 bits": Variant(GRPO, HALF, EightBits),
+        "GRPO, 8 bits, truncated": Variant(replace(GRPO, correction=Truncated()), HALF, EightBits),
+        "GRPO, 8 bits, band": Variant(replace(GRPO, correction=Banded()), HALF, EightBits),
     }),
     "rlhf_beta": LMRecord(ADDITION, 8, {
         f"β = {beta}": Variant(preset("rlhf-ppo", kl=InReward(beta)), SHORT)
@@ -162,7 +181,7 @@ def looks(name: str, folder: Path, variant: str, seed: int) -> list[dict]:
     objective, config = wanted.objective, wanted.config
     run = train_lm(
         model, tokenizer, task, reward, objective, config, seed=seed, device="cpu",
-        progress=False,
+        progress=False, sampler=wanted.sampler and wanted.sampler(model, tokenizer),
     )
     for row in run.log:
         window.append(row)
