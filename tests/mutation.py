@@ -960,7 +960,7 @@ FAULTS = [
     Fault("grade-lent", "exercise.py", "x.clone().requires_grad_(tracked)", "x.requires_grad_(tracked)", "test_grade.py -k form"),
     Fault("grade-leak", "exercise.py", "if slope is not None and slope.any():", "if False:", "test_grade.py -k too_many"),
     Fault("grade-slope", "exercise.py", "if not _close(slope, wanted, exercise.atol):", "if False:", "test_grade.py -k told_by_its_numbers"),
-    Fault("grade-one-weight", "exercise.py", "torch.arange(1, result.numel() + 1)", "torch.ones(result.numel())", "test_grade.py -k 'k1-3'"),
+    Fault("grade-one-weight", "exercise.py", "torch.arange(1, result.numel() + 1)", "torch.ones(result.numel())", "test_grade.py -k wrong_sample"),
     Fault("grade-dtype", "exercise.py", "value.dtype != want.dtype", "False", "test_grade.py -k form"),
     Fault("grade-first", "exercise.py", "says = named or fault.says", "says = fault.says or named", "test_grade.py -k td_error-1"),
     Fault("grade-large", "exercise.py", "_settings(Phase.generate, Phase.shrink)", "_settings(Phase.generate)", "test_grade.py -k small_as"),

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from bs4 import BeautifulSoup
 
+import po_book
 from po_book import dapo, grpo, kl, mismatch, ppo, surrogates
 from po_book.advantage import gae, n_step_advantage, normalize, td_error
 from po_book.exercise import Exercise, Mistake, _as_tensor, _try, _values, arguments, judge
@@ -171,6 +173,12 @@ def test_a_gradient_that_is_wrong_is_told_by_its_numbers():
     assert "the gradient in `logp` should be 0.5, yours is 0." in found.says
 
 
+def test_a_gradient_that_goes_to_the_wrong_sample_is_seen():
+    "Values and the sum of gradients are right."
+    found = grade("k1", lambda x, ref: (x - ref).detach() + (x - x.detach()).mean())
+    assert "the gradient in `logp`, sample" in found.says
+
+
 def test_the_example_is_as_small_as_can_be():
     found = grade("gae", lambda r, v, n, d, k, g, lam: gae(r, v, n, k, k, g, lam))
     assert str(found) == (
@@ -237,7 +245,8 @@ print(grade("discounted_returns", lambda rewards, done, gamma: rewards.cumsum(0)
 def test_nothing_is_random_and_nothing_is_written(tmp_path):
     "In two processes, one of which has other seeds and a module of constants of its own."
     (tmp_path / "constants.py").write_text("A, B, C = 17, 3, 0.125\n")
-    environment = os.environ | {"PYTHONHASHSEED": "random", "PYTHONPATH": str(tmp_path)}
+    paths = tmp_path, Path(po_book.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     before = "import constants; random.seed(1); numpy.random.seed(2); torch.manual_seed(3)"
     said = [
         subprocess.run(
