@@ -363,7 +363,7 @@ def _decayed(rewards: Tensor, gamma: float) -> Tensor:
 PER_DECISION = Exercise(
     name="per_decision_importance_sampling", chapter="16", stars=2,
     axes=("trajectory",),
-    asks="estimates [M] from ratios [M, T] and rewards [M, T]: later ratios do not count",
+    asks="estimates [M] of ratios [M, T] and rewards [M, T]; later ratios do not count",
     right=lambda ratios, rewards, gamma: per_decision_importance_sampling(
         ratios, rewards, gamma),
     given=arguments({"M": (1, 2), "T": (1, 4)}, {
