@@ -97,7 +97,8 @@ CONJUGATE_GRADIENT = Exercise(
         Mistake("the share of the old direction is turned round: new over old",
                 lambda f, b, n: _descent(f, b, n, lambda new, old: old / new)),
         Mistake("it starts at b, not at 0",
-                lambda f, b, n: _descent(f, b, n, lambda new, old: new / old, start=1.0)),
+                lambda f, b, n:
+                _descent(f, b, n, lambda new, old: new / old, start=1.0)),
         Mistake("it makes one iteration only",
                 lambda f, b, n: conjugate_gradient(f, b, 1)),
         Mistake("it goes on to the exact solution, whatever was asked for",
@@ -154,7 +155,8 @@ CLIPPED = Exercise(
                 lambda x, old, A, c: torch.minimum(
                     (old - x).exp() * A, _band((old - x).exp(), c) * A)),
         Mistake("it is the log-ratio: its exponential is missing",
-                lambda x, old, A, c: torch.minimum((x - old) * A, _band(x - old, c) * A)),
+                lambda x, old, A, c:
+                torch.minimum((x - old) * A, _band(x - old, c) * A)),
         Mistake("the log-ratio was clipped, not the ratio", lambda x, old, A, c:
                 torch.minimum(ratio(x, old) * A, (x - old).clamp(-c, c).exp() * A)),
         Mistake("the product was clipped, not the ratio", lambda x, old, A, c:
@@ -189,7 +191,8 @@ PPO_LOSS = Exercise(
         Mistake("the value loss is subtracted: the critic is made worse",
                 lambda x, o, A, h, v, G, c, cv, ce: _ppo(x, o, A, h, v, G, c, -cv, ce)),
         Mistake("the 1/2 of the value loss is missing",
-                lambda x, o, A, h, v, G, c, cv, ce: _ppo(x, o, A, h, v, G, c, 2 * cv, ce)),
+                lambda x, o, A, h, v, G, c, cv, ce:
+                _ppo(x, o, A, h, v, G, c, 2 * cv, ce)),
         Mistake("the coefficient of the value loss is missing",
                 lambda x, o, A, h, v, G, c, cv, ce: _ppo(x, o, A, h, v, G, c, 1.0, ce)),
         Mistake("the coefficient of the entropy is missing",
@@ -221,7 +224,7 @@ KL_PENALTY = Exercise(
                 lambda x, o, A, b: _penalised(x, o, A, b, o - x)),
         Mistake("the estimate is half the squared log-ratio (k2), not k3",
                 lambda x, o, A, b: _penalised(x, o, A, b, (o - x).square() / 2)),
-        Mistake("the divergence is turned round: the samples are those of the old policy",
+        Mistake("the divergence is turned round: samples are those of the old policy",
                 lambda x, o, A, b: _penalised(x, o, A, b, (o - x).exp() - 1 - (o - x))),
         Mistake("the weight of the divergence is missing",
                 lambda x, o, A, b: _penalised(x, o, A, 1.0, approx_kl(x, o))),

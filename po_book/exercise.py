@@ -173,7 +173,8 @@ def _gradient(exercise: Exercise, got: Outcome) -> Fault | None:
     "A gradient that is missing, or one that should not be there."
     for name in exercise.learns:
         if got.slopes[name] is None:
-            return Fault("no gradient", f"no gradient reaches `{name}`: nothing is learnt")
+            says = f"no gradient reaches `{name}`: nothing is learnt"
+            return Fault("no gradient", says)
     for name in exercise.constants:
         slope = got.slopes[name]
         if slope is not None and slope.any():
@@ -210,7 +211,8 @@ def _values(exercise: Exercise, got: Outcome, want: Outcome) -> Fault | None:
     start = "the result " if place.startswith("should") else ""
     numbers = f"{start}{place}", number
     if right.isfinite().all() and not mine.isfinite().all():
-        return Fault("not finite", "the result has an entry that is not finite", numbers)
+        says = "the result has an entry that is not finite"
+        return Fault("not finite", says, numbers)
     if not _close(mine, right, exercise.atol):
         return Fault("value", "", numbers)
     for name in exercise.learns:

@@ -51,7 +51,7 @@ def _ahead(runs: Tensor, others: Tensor, tie: float = 0.5) -> Tensor:
 # %% ../nbs/62a_foundation_exercises.ipynb #5aa6fa50
 AHEAD = Exercise(
     name="share_ahead", chapter="11a", stars=1,
-    asks="share of all pairs in which a run [N] is ahead of another [N]; a tie is a half",
+    asks="share of all pairs in which a run [N] is ahead of another; a tie is a half",
     right=lambda runs, others: _ahead(runs, others).mean(),
     given=arguments({"N": (1, 4)}, {"runs": Column("N"), "others": Column("N")}),
     mistakes=(
@@ -101,11 +101,12 @@ RETURNS = Exercise(
                 _whole_episode),
         Mistake("rewards were discounted to the first row, not to the step",
                 _from_the_start),
-        Mistake("the end was read one row late: `done[t]` says that step t was the last",
+        Mistake("the end was read a row late: `done[t]` says that step t was the last",
                 lambda r, d, g: discounted_returns(r, _below(d, False), g)),
         Mistake("the recursion runs forwards: each step got the rewards before it",
                 lambda r, d, g: discounted_returns(r.flip(0), d.flip(0), g).flip(0)),
-        Mistake("this is the reward alone, without what follows", lambda r, d, g: r + 0),
+        Mistake("this is the reward alone, without what follows",
+                lambda r, d, g: r + 0),
     ),
 )
 
@@ -158,7 +159,7 @@ def _spoilt(case: dict) -> dict:
 # %% ../nbs/62a_foundation_exercises.ipynb #c13bce8d
 TD_ERROR = Exercise(
     name="td_error", chapter="14", stars=1, axes=("step", "environment"),
-    asks="the TD error of every step, [T, N]; `next_values` may be NaN at a termination",
+    asks="TD errors of every step, [T, N]; `next_values` may be NaN at a termination",
     right=lambda rewards, values, next_values, terminated, gamma: td_error(
         rewards, values, next_values, terminated, gamma),
     given=arguments(STEPS, {
@@ -212,7 +213,8 @@ GAE = Exercise(
                 lambda r, v, n, d, k, g, lam:
                 backward_sum(td_error(r, v, n, d, g), None, g * lam)),
         Mistake("no end was respected, neither in the value nor in the sum",
-                lambda r, v, n, d, k, g, lam: gae(r, v, n, d & False, k & False, g, lam)),
+                lambda r, v, n, d, k, g, lam:
+                gae(r, v, n, d & False, k & False, g, lam)),
         Mistake("lambda is missing", lambda r, v, n, d, k, g, lam:
                 gae(r, v, n, d, k, g, 1.0)),
         Mistake("the sum decays by lambda alone, gamma is missing",
@@ -288,7 +290,8 @@ STATE_VALUES = Exercise(
         Mistake("the discount of the future is missing: this is the reward of one step",
                 lambda P, R, pi, g: (pi * R).sum(1)),
         Mistake("every action counts the same, whatever the policy is",
-                lambda P, R, pi, g: _values(P, R, torch.ones_like(pi) / pi.shape[1], g)),
+                lambda P, R, pi, g:
+                _values(P, R, torch.ones_like(pi) / pi.shape[1], g)),
         Mistake("the matrix of transitions is transposed", lambda P, R, pi, g:
                 torch.linalg.solve(
                     torch.eye(len(R)).double() - g * policy_chain(P, R, pi)[0].T,
@@ -330,7 +333,7 @@ def _greedy(q: Tensor) -> Tensor:
 # %% ../nbs/62a_foundation_exercises.ipynb #200d81e0
 EPSILON_GREEDY = Exercise(
     name="epsilon_greedy", chapter="15", stars=1, axes=("state", "action"),
-    asks="probabilities [S, A]; a random action may be the best one, ties go to the first",
+    asks="probabilities [S, A]; a random action may be the best, ties go to the first",
     right=lambda q, epsilon: epsilon_greedy(q, epsilon),
     given=arguments({"S": (1, 2), "A": (2, 3)}, {
         "q": Column("S A"), "epsilon": choice(0.5, 0.1, 0.0, 1.0),
@@ -360,7 +363,7 @@ def _decayed(rewards: Tensor, gamma: float) -> Tensor:
 PER_DECISION = Exercise(
     name="per_decision_importance_sampling", chapter="16", stars=2,
     axes=("trajectory",),
-    asks="estimates [M] from ratios [M, T] and rewards [M, T]: what is later has no say",
+    asks="estimates [M] of ratios [M, T] and rewards [M, T]; later ratios do not count",
     right=lambda ratios, rewards, gamma: per_decision_importance_sampling(
         ratios, rewards, gamma),
     given=arguments({"M": (1, 2), "T": (1, 4)}, {
@@ -385,7 +388,8 @@ SAMPLE_SIZE = Exercise(
     name="effective_sample_size", chapter="16", stars=1,
     asks="how many equal weights are worth as much as these, [N]",
     right=lambda weights: effective_sample_size(weights),
-    given=arguments({"N": (1, 4)}, {"weights": Column("N", choice(1.0, 0.5, 2.0, 4.0))}),
+    given=arguments(
+        {"N": (1, 4)}, {"weights": Column("N", choice(1.0, 0.5, 2.0, 4.0))}),
     mistakes=(
         Mistake("it is turned round: squares of the sum above, sum of squares below",
                 lambda w: w.square().sum() / w.sum().square()),

@@ -92,7 +92,8 @@ INFORMATIVE = Exercise(
 OVERLONG = Exercise(
     name="soft_overlong_penalty", chapter="47", stars=2, axes=("response",),
     asks="0 up to max_len - cache, then falling to -1 at max_len, -1 beyond",
-    right=lambda lengths, max_len, cache: soft_overlong_penalty(lengths, max_len, cache),
+    right=lambda lengths, max_len, cache: soft_overlong_penalty(
+        lengths, max_len, cache),
     given=arguments({"N": (1, 4)}, {
         "lengths": Column("N", choice(0, 2, 4, 6, 8, 9, 10, 12)),
         "max_len": choice(10, 8), "cache": choice(4, 5),
@@ -119,8 +120,8 @@ def _average(how: str, name: str, asks: str, *mistakes: Mistake, **more) -> Exer
         name=name, chapter="46", stars=1, asks=asks,
         right=_constant if how == "constant" else (
             lambda x, mask: aggregate(x, mask, how)),
-        given=arguments(SIZES, {"x": Column("N L"), "mask": Column("N L", LONGER)} | more,
-                        begins),
+        given=arguments(
+            SIZES, {"x": Column("N L"), "mask": Column("N L", LONGER)} | more, begins),
         learns=("x",), mistakes=mistakes,
     )
 
@@ -158,7 +159,8 @@ CONSTANT_MEAN = _average(
             lambda x, m, n: len(x) * _constant(x, m, n)),
     Mistake("it was divided by the width of the table, not by max_len",
             lambda x, m, n: (x * m).mean()),
-    Mistake("tokens outside the mask count too", lambda x, m, n: x.sum() / (len(x) * n)),
+    Mistake("tokens outside the mask count too",
+            lambda x, m, n: x.sum() / (len(x) * n)),
     max_len=choice(4, 5),
 )
 
@@ -176,9 +178,10 @@ def _grpo(logp, logp_old, A, mask, logp_ref, beta, clip, how="sample", kind="k3"
 # %% ../nbs/62d_group_exercises.ipynb #e822a7df
 GRPO_LOSS = Exercise(
     name="grpo_loss", chapter="46", stars=3,
-    asks="GRPO's loss: clip, less beta k3 to the reference, sample mean; advantages [N]",
+    asks="GRPO's loss: clip, less beta k3 to the reference, sample mean; one A a row",
     right=lambda logp, logp_old, advantages, mask, logp_ref, beta, clip: grpo_loss(
-        logp, logp_old, advantages, mask, logp_ref=logp_ref, beta=beta, clip_low=clip)[0],
+        logp, logp_old, advantages, mask,
+        logp_ref=logp_ref, beta=beta, clip_low=clip)[0],
     given=arguments(SIZES, _tokens(
         "logp_old", advantages=Column("N"), mask=Column("N L", LONGER),
         logp_ref=Column("N L", LOGP), beta=choice(0.5, 0.1), clip=CLIP,

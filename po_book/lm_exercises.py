@@ -42,7 +42,7 @@ def _scored(logits: Tensor, ids: Tensor) -> Tensor:
 # %% ../nbs/62c_lm_exercises.ipynb #2a54e44d
 TOKEN_LOGPROBS = Exercise(
     name="token_logprobs", chapter="40", stars=2, axes=("text", "token"),
-    asks="log-probabilities [N, L-1] of ids[:, 1:]; logits [N, L, V] predict what follows",
+    asks="log-probabilities [N, L-1] of ids[:, 1:]; logits [N, L, V] say what follows",
     right=lambda logits, ids: _scored(logits[:, :-1], ids[:, 1:]),
     given=arguments({"N": (1, 2), "L": (2, 3), "V": (3, 3)}, {
         "logits": Column("N L V"), "ids": Column("N L", choice(0, 1, 2)),
@@ -141,7 +141,8 @@ REWARD_SUM = Exercise(
         Mistake("it is a mean over parts, not a sum",
                 lambda x, w: _spoken(x, w) / len(w)),
         Mistake("it was divided by the weights that spoke",
-                lambda x, w: _spoken(x, w) / _spoken(torch.where(x.isnan(), x, 1.0), w)),
+                lambda x, w:
+                _spoken(x, w) / _spoken(torch.where(x.isnan(), x, 1.0), w)),
         Mistake("a part with nothing to say counts as one",
                 lambda x, w: (x.nan_to_num(1.0) * w).sum(-1)),
     ),
@@ -189,14 +190,15 @@ def _estimator(kind: str, stars: int, asks: str, *mistakes: Mistake) -> Exercise
 
 # %% ../nbs/62c_lm_exercises.ipynb #977edc55
 K1 = _estimator(
-    "k1", 1, "the log-ratio as an estimate of KL(policy ‖ reference), samples of the policy",
+    "k1", 1, "the log-ratio as estimate of KL(policy ‖ reference), samples of policy",
     Mistake("it is the ratio, not its logarithm", lambda x, ref: (x - ref).exp()),
     Mistake("it was squared: that is twice k2", lambda x, ref: (x - ref).square()),
 )
 K2 = _estimator(
     "k2", 1, "half the squared log-ratio of policy and reference",
     Mistake("the half is missing", lambda x, ref: (x - ref).square()),
-    Mistake("it is the absolute value, not the square", lambda x, ref: (x - ref).abs() / 2),
+    Mistake("it is the absolute value, not the square",
+            lambda x, ref: (x - ref).abs() / 2),
 )
 K3 = _estimator(
     "k3", 2, "u - 1 - log u with u = reference over policy, samples of the policy",
@@ -264,8 +266,8 @@ TOKEN_GAE = Exercise(
     }, begins),
     mistakes=(
         Mistake("the value behind the last token was counted: nothing follows it",
-                lambda r, v, m, g, lam: torch.where(m, token_gae(
-                    r * m + g * torch.roll(v, -1, 1) * _ends_early(m), v, m, g, lam), 0)),
+                lambda r, v, m, g, lam: token_gae(
+                    r + g * torch.roll(v, -1, 1) * _ends_early(m), v, m, g, lam)),
         Mistake("lambda is missing",
                 lambda r, v, m, g, lam: token_gae(r, v, m, g, 1.0)),
         Mistake("gamma is missing",
