@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 EXTRAS = {
     "agents": r"mpe2|pettingzoo",
     "demos": r"\baltair\b|po_book\.(lm_)?demos",
+    "grade": r"po_book\.(grade|exercise|\w+_exercises)\b",
     "math": r"math_verify",
     "peft": r"(from|import) peft\b",
     "video": r"rgb_array|--video",
