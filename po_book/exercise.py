@@ -50,7 +50,7 @@ class Exercise:
     asks: str                    # what it returns, in a line
     right: Callable[..., Any]    # the right function; its arguments are the reader's
     given: st.SearchStrategy[dict[str, Any]]  # the arguments, by name
-    mistakes: tuple[Mistake, ...]
+    mistakes: tuple[Mistake, ...]  # that are typical, each with its own sentence
     learns: tuple[str, ...] = ()     # arguments that a gradient must reach
     constants: tuple[str, ...] = ()  # arguments that none may reach
     axes: tuple[str, ...] = ()       # what an index of the result counts
@@ -308,7 +308,7 @@ def _shown(x: Any) -> str:
 class Grade:
     "What is said of an answer; a notebook shows it with a badge."
 
-    passed: bool
+    passed: bool                            # whether no case shows a fault
     says: str                               # one or two sentences
     example: dict[str, Any] | None = None   # the smallest case that shows the fault
 
@@ -387,8 +387,8 @@ RARELY = choice(False, False, False, True)
 class Column:
     "A tensor argument: its axes, as in `T N`, and what its entries are."
 
-    axes: str
-    entries: st.SearchStrategy = NUMBERS
+    axes: str                               # their names, as in "T N"
+    entries: st.SearchStrategy = NUMBERS    # what each entry is drawn from
 
     def drawn(self, draw: Callable, kept: dict[str, list[bool]]) -> Tensor:
         "Entries one by one, so that each can be made simpler alone."
