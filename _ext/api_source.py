@@ -154,9 +154,11 @@ class Module:
                      (node.lineno, node.end_lineno), bases, members)
 
     def value(self, name: str, node: ast.stmt) -> Entry:
-        "A constant or an alias, with its comment as the docstring."
+        "A constant or an alias; its comment is the docstring, or what an exercise asks for."
         kind = written(getattr(node, "annotation", None))
-        said = self.comments.get(node.lineno) or self.comment(node)
+        asked = {x.arg: x.value for x in getattr(node.value, "keywords", ())}.get("asks")
+        said = ast.literal_eval(asked) if asked else ""
+        said = self.comments.get(node.lineno) or self.comment(node) or said
         return Entry(self.name, name, "data", kind, [], "" if said.startswith("%%") else said, (node.lineno, node.end_lineno))
 
     def entry(self, name: str) -> Entry:

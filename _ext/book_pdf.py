@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import browsers
 import yaml
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from pypdf import PdfReader, PdfWriter
 from pypdf.generic import ArrayObject, FloatObject, NameObject, NullObject, TextStringObject
 
@@ -174,19 +174,17 @@ class Book:
         self.writer.write(path)
 
 
-def make_pdf(site: Path, toc: dict, path: Path) -> None:
+def make_pdf(browser: Browser, site: Path, toc: dict, path: Path) -> None:
     "Print those pages of `site` that `toc` lists."
     parser = ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini", encoding="utf-8")
     settings = dict(parser["DEFAULT"])
     settings["address"] = f"https://{settings['user']}.github.io/{settings['repo']}"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browsers.find(), args=browsers.FLAGS)
-        tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        tab.set_default_timeout(browsers.PATIENCE)
-        parts = print_parts(tab, site, toc)
-        front = print_front(tab, site, parts, settings)
-        browser.close()
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(browsers.PATIENCE)
+    parts = print_parts(tab, site, toc)
+    front = print_front(tab, site, parts, settings)
+    tab.close()
     book = Book(site, settings["address"])
     book.add("", front)
     for chapter in [chapter for part in parts for chapter in part.chapters]:
@@ -201,4 +199,6 @@ def make_pdf(site: Path, toc: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    make_pdf(ROOT / "_build/html", toc, Path(sys.argv[1]))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browsers.find(), args=browsers.FLAGS)
+        make_pdf(browser, ROOT / "_build/html", toc, Path(sys.argv[1]))

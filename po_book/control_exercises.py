@@ -331,7 +331,7 @@ COUNTERFACTUAL = Exercise(
 )
 
 # %% ../nbs/62b_control_exercises.ipynb #dc84a299
-CONTROL = (
+CONTROL = (  # of parts 2 and 3
     KL, CONJUGATE_GRADIENT, FISHER, CLIPPED, PPO_LOSS, KL_PENALTY, GAUSSIAN, VALID,
     RESTART, COUNTERFACTUAL,
 )

@@ -374,13 +374,13 @@ def choice(
     return bits.map(pick)
 
 # %% ../nbs/62_exercise.ipynb #4a3890e0
-NUMBERS = choice(0.0, 1.0, -1.0, 2.0)
-LOGP = choice(-1.0, -0.5, -1.5, -0.25)
-WEIGHTS = choice(1.0, 2.0, 4.0, 3.0)
-GAMMA = choice(0.5, 0.9, 1.0, 0.0)
-CLIP = choice(0.2, 0.1)
-FLAGS = choice(False, True)
-RARELY = choice(False, False, False, True)
+NUMBERS = choice(0.0, 1.0, -1.0, 2.0)  # any number, 0 the simplest
+LOGP = choice(-1.0, -0.5, -1.5, -0.25)  # log-probabilities
+WEIGHTS = choice(1.0, 2.0, 4.0, 3.0)  # positive weights
+GAMMA = choice(0.5, 0.9, 1.0, 0.0)  # a discount, or a share
+CLIP = choice(0.2, 0.1)  # width of a clip
+FLAGS = choice(False, True)  # true or false
+RARELY = choice(False, False, False, True)  # true once in four
 
 # %% ../nbs/62_exercise.ipynb #a271ae8f
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ CISPO = Exercise(
 )
 
 # %% ../nbs/62d_group_exercises.ipynb #a6c1e798
-GROUPED = (
+GROUPED = (  # of groups
     GROUP_ADVANTAGES, SAMPLE_MEAN, TOKEN_MEAN, CONSTANT_MEAN, GRPO_LOSS, OVERLONG,
     INFORMATIVE, SEQUENCE_RATIO, CISPO, LEAVE_ONE_OUT,
 )

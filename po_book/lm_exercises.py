@@ -307,7 +307,7 @@ TRUNCATED = Exercise(
 )
 
 # %% ../nbs/62c_lm_exercises.ipynb #c8cb975e
-LANGUAGE = (
+LANGUAGE = (  # of chapters 40 to 45, and 47b
     TOKEN_LOGPROBS, TOP_P, PASS_AT_K, REWARD_SUM, PREFERENCE_LOSS, K1, K2, K3,
     KL_REWARDS, TOKEN_GAE, TRUNCATED,
 )

@@ -28,9 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def toc_pages() -> list[str]:
     "Names of all pages that the table of contents lists."
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    chapters = [c for part in toc["parts"] for c in part["chapters"]]
-    below = [c for chapter in chapters for c in [chapter, *chapter.get("sections", [])]]
-    return [toc["root"], *(c["file"] for c in below)]
+    chapters = [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    return [toc["root"], *chapters]
 
 
 @pytest.fixture(scope="session")

@@ -642,7 +642,7 @@ FAULTS = [
     Fault("at-place", "tasks.py", "word = spawn(seed, place)", "word = spawn(seed, place + 1)", "test_tasks.py"),
     Fault("take-start", "tasks.py", "self.at((start + i) * world + rank, seed)", "self.at(start + i * world + rank, seed)", "test_tasks.py"),
     Fault("spawn-width", "tasks.py", "seed % 2**64, spawn_key", "seed % 2**32, spawn_key", "test_tasks.py"),
-    Fault("chain-most", "tasks.py", "most: int = 5\n", "most: int = 6\n", "test_tasks.py"),
+    Fault("chain-most", "tasks.py", "most: int = 5 ", "most: int = 6 ", "test_tasks.py"),
     Fault("chain-fixed", "tasks.py", "k=rng.randint(self.fewest, self.most))", "k=rng.randint(self.fewest, self.most - 1) if self.most > self.fewest else self.most)", "test_tasks.py"),
     Fault("chain-zero", "tasks.py", 'rng.choices("123456789",', 'rng.choices("0123456789",', "test_tasks.py"),
     Fault("countdown-fixed", "tasks.py", "k = rng.randint(self.fewest, self.most)\n", "k = self.fewest\n", "test_tasks.py"),

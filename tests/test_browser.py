@@ -106,7 +106,7 @@ def test_a_folded_solution_opens(opened):
     solution = tab.locator("div.solution").first
     text = solution.locator("p").last
     expect(text).to_be_hidden()
-    solution.locator(".admonition-title").click()
+    solution.locator(".toggle-button").click()  # the title is a link to the exercise
     expect(text).to_be_visible()
 
 
@@ -257,7 +257,7 @@ def test_a_finger_follows_every_other_link_at_once(opened):
 
 def test_the_cheat_sheet_is_one_sheet(opened):
     tab, _, _ = opened("cheat_sheet", "light")
-    tab.evaluate(TYPESET_ALL)
+    tab.evaluate("typesetPage()")
     tab.wait_for_function(
         "[...document.querySelectorAll('article .math')].every(x => x.querySelector('mjx-math'))"
     )

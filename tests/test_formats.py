@@ -107,11 +107,11 @@ def squeezed(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def pdf(site, chromium, tmp_path_factory):
+def pdf(site, browser, tmp_path_factory):
     "A book of two chapters."
     path = tmp_path_factory.mktemp("pdf") / "book.pdf"
     part = {"caption": "A part", "chapters": [{"file": "15_value_based"}]}
-    make_pdf(site, {"root": "14_advantage", "parts": [part]}, path)
+    make_pdf(browser, site, {"root": "14_advantage", "parts": [part]}, path)
     return PdfReader(path)
 
 

@@ -314,7 +314,7 @@ def test_an_engine_of_eight_bits_has_the_learners_weights_rounded(tokenizer):
 def test_a_row_of_the_ablation_has_one_change_more():
     "And keeps those of the rows above."
     said = [
-        {f"{part}.{key}": x for part, of in vars(v).items() for key, x in vars(of).items()}
+        {f"{part}.{key}": x for part, of in vars(v).items() if of for key, x in vars(of).items()}
         for v in LM["lm_ablation"].variants.values()
     ]
     changed = [{key for key in a if a[key] != b[key]} for a, b in pairwise(said)]

@@ -400,7 +400,9 @@ def test_a_correction_is_one_where_the_server_is_the_learner(small_server, tmp_p
         run(there, objective=replace(PRESETS["grpo"], correction=x)).model
         for x in (NoCorrection(), correction)
     )
-    torch.testing.assert_close(weights(plain), weights(corrected), rtol=0, atol=1e-5)
+    apart = (weights(plain) - weights(corrected)).abs()
+    # Where a gradient is zero but for rounding, Adam makes a step of the rounding.
+    assert apart.quantile(0.999) < 1e-6 and apart.max() < CONFIG.lr / 10
 
 
 def test_a_correction_weighs_the_samples_of_a_stale_server(small_server):

@@ -117,7 +117,7 @@ def test_internal_links_lead_somewhere(site, name):
 
 def test_the_landing_page_has_a_card_of_each_part_with_its_chapters(site):
     html = BeautifulSoup((site / "index.html").read_text(encoding="utf-8"), "html.parser")
-    cards = {x.select_one(".sd-card-title").text: x for x in html.select(".sd-card:has(.sd-card-footer)")}
+    cards = {x.select_one(".sd-card-title").text.strip(): x for x in html.select(".sd-card:has(.sd-card-footer)")}
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     parts = {part["caption"]: part["chapters"] for part in toc["parts"][:-1]}
     assert cards.keys() == parts.keys()
