@@ -156,10 +156,11 @@ class Module:
     def value(self, name: str, node: ast.stmt) -> Entry:
         "A constant or an alias; its comment is the docstring, or what an exercise asks for."
         kind = written(getattr(node, "annotation", None))
-        asked = {x.arg: x.value for x in getattr(node.value, "keywords", ())}.get("asks")
-        said = ast.literal_eval(asked) if asked else ""
-        said = self.comments.get(node.lineno) or self.comment(node) or said
-        return Entry(self.name, name, "data", kind, [], "" if said.startswith("%%") else said, (node.lineno, node.end_lineno))
+        said = self.comments.get(node.lineno) or self.comment(node)
+        if not said or said.startswith("%%"):  # the line above begins the cell
+            asked = [x.value for x in getattr(node.value, "keywords", ()) if x.arg == "asks"]
+            said = ast.literal_eval(asked[0]) if asked else ""
+        return Entry(self.name, name, "data", kind, [], said, (node.lineno, node.end_lineno))
 
     def entry(self, name: str) -> Entry:
         node = self.definitions[name]
