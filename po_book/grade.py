@@ -18,7 +18,7 @@ from .group_exercises import GROUPED
 from .lm_exercises import LANGUAGE
 
 # %% ../nbs/63_grade.ipynb #b00cba47
-EXERCISES: dict[str, Exercise] = {
+EXERCISES: dict[str, Exercise] = {  # by name
     exercise.name: exercise for exercise in FOUNDATIONS + CONTROL + LANGUAGE + GROUPED
 }
 

@@ -130,7 +130,7 @@ def _constant(x, mask, max_len):
     return aggregate(x, mask, "constant", max_len)
 
 # %% ../nbs/62d_group_exercises.ipynb #046a1d9b
-SAMPLE_MEAN = _average(
+SAMPLE_MEAN = _average(  # a response counts once
     "sample", "sample_mean", "mean over responses of the means over their tokens",
     Mistake("every token counts the same: it is the mean over all tokens",
             lambda x, m: aggregate(x, m, "token")),
@@ -140,7 +140,7 @@ SAMPLE_MEAN = _average(
     Mistake("responses were added up, not averaged",
             lambda x, m: len(x) * aggregate(x, m, "sample")),
 )
-TOKEN_MEAN = _average(
+TOKEN_MEAN = _average(  # a token counts once
     "token", "token_mean", "mean over all tokens of all responses",
     Mistake("every response counts the same: it is a mean of means",
             lambda x, m: aggregate(x, m, "sample")),
@@ -149,7 +149,7 @@ TOKEN_MEAN = _average(
             lambda x, m: (x * m).mean()),
     Mistake("it is a sum, not a mean", lambda x, m: (x * m).sum()),
 )
-CONSTANT_MEAN = _average(
+CONSTANT_MEAN = _average(  # a sum over a constant
     "constant", "constant_mean", "sum over all tokens, over responses times max_len",
     Mistake("it was divided by the tokens there are, not by a constant",
             lambda x, m, n: aggregate(x, m, "token")),

@@ -22,8 +22,8 @@ from .rlhf import kl_rewards, terminal_rewards, token_gae
 from .tasks import pass_at_k
 
 # %% ../nbs/62c_lm_exercises.ipynb #655963ba
-SIZES = {"N": (1, 2), "L": (1, 3)}
-LONGER = choice(True, False)
+SIZES = {"N": (1, 2), "L": (1, 3)}  # of samples and of tokens
+LONGER = choice(True, False)  # a mask that is mostly true
 
 
 def begins(
@@ -189,18 +189,18 @@ def _estimator(kind: str, stars: int, asks: str, *mistakes: Mistake) -> Exercise
     )
 
 # %% ../nbs/62c_lm_exercises.ipynb #977edc55
-K1 = _estimator(
+K1 = _estimator(  # the log-ratio
     "k1", 1, "the log-ratio as estimate of KL(policy ‖ reference), samples of policy",
     Mistake("it is the ratio, not its logarithm", lambda x, ref: (x - ref).exp()),
     Mistake("it was squared: that is twice k2", lambda x, ref: (x - ref).square()),
 )
-K2 = _estimator(
+K2 = _estimator(  # half its square
     "k2", 1, "half the squared log-ratio of policy and reference",
     Mistake("the half is missing", lambda x, ref: (x - ref).square()),
     Mistake("it is the absolute value, not the square",
             lambda x, ref: (x - ref).abs() / 2),
 )
-K3 = _estimator(
+K3 = _estimator(  # u - 1 - log u
     "k3", 2, "u - 1 - log u with u = reference over policy, samples of the policy",
     Mistake("the ratio is turned round: it is reference over policy",
             lambda x, ref: (x - ref).exp() - 1 - (x - ref)),
