@@ -86,20 +86,19 @@ def _drawn(given: st.SearchStrategy) -> list[dict[str, Any]]:
         find(given, cases.append, settings=_settings(Phase.generate), random=Random(0))
     return cases
 
-# %% ../nbs/62_exercise.ipynb #e92619bf
-@dataclass(frozen=True)
-class Outcome:
-    "What an answer did with one case."
+# %% ../nbs/62_exercise.ipynb #3f383601
+def _close(a: Tensor, b: Tensor, atol: float) -> bool:
+    "Whether two tensors of any kind are alike; NaN is like NaN."
+    if a.shape != b.shape:
+        return False
+    a, b = a.double(), b.double()
+    return torch.allclose(a, b, rtol=atol, atol=atol, equal_nan=True)
 
-    result: Any
-    slopes: dict[str, Tensor | None]  # gradients, by argument
-    changed: list[str]                # arguments written to
-
-
+# %% ../nbs/62_exercise.ipynb #518e361c
 def _copy(x: Any, tracked: bool) -> Any:
     return x.clone().requires_grad_(tracked) if torch.is_tensor(x) else x
 
-
+# %% ../nbs/62_exercise.ipynb #f0118341
 def _slopes(result: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
     "The gradient in each input; None where there is none."
     if not inputs or not torch.is_tensor(result) or not result.requires_grad:
@@ -109,7 +108,16 @@ def _slopes(result: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
     slopes = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
     return dict(zip(inputs, slopes))
 
+# %% ../nbs/62_exercise.ipynb #c2fef3b4
+@dataclass(frozen=True)
+class Outcome:
+    "What an answer did with one case."
 
+    result: Any
+    slopes: dict[str, Tensor | None]  # gradients, by argument
+    changed: list[str]                # arguments written to
+
+# %% ../nbs/62_exercise.ipynb #4840fbce
 def _try(answer: Callable, exercise: Exercise, case: dict[str, Any]) -> Outcome:
     "Call an answer on copies of a case."
     tracked = exercise.learns + exercise.constants
@@ -121,14 +129,6 @@ def _try(answer: Callable, exercise: Exercise, case: dict[str, Any]) -> Outcome:
         if torch.is_tensor(x) and not _close(x.detach(), case[name], 0)
     ]
     return Outcome(result, _slopes(result, inputs), changed)
-
-
-def _close(a: Tensor, b: Tensor, atol: float) -> bool:
-    "Whether two tensors of any kind are alike; NaN is like NaN."
-    if a.shape != b.shape:
-        return False
-    a, b = a.double(), b.double()
-    return torch.allclose(a, b, rtol=atol, atol=atol, equal_nan=True)
 
 # %% ../nbs/62_exercise.ipynb #d09ef39e
 @dataclass(frozen=True)
