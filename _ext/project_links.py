@@ -1,5 +1,6 @@
 "Make every link to the project from settings.ini, where owner and name stand once."
 
+import os
 from configparser import ConfigParser, SectionProxy
 from pathlib import Path
 
@@ -14,6 +15,9 @@ and <a href="/{0}/search.html">the search</a> knows every page.</p>"""
 # `make pdf` and plain_text.py put them beside the pages.
 FORMATS = """The book <a href="{0}po_book.pdf">as a PDF</a>, and
 <a href="{0}llms.txt">as text</a>"""
+# Once there are releases, whose tags the workflows know; each has a folder of the site.
+VERSIONS = """.<br>This is version {0}; see <a href="{1}">the newest</a>, {2}"""
+RELEASED = """<a href="{0}{1}/">{1}</a>"""
 
 SITEMAP = """<?xml version="1.0" encoding="utf-8"?>
 <urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">
@@ -32,9 +36,16 @@ def read_settings() -> SectionProxy:
     return parser["DEFAULT"]
 
 
+def footer(base: str, version: str, releases: list[str]) -> str:
+    "Other forms of the book, and its other versions."
+    listed = ", ".join(RELEASED.format(base, tag) for tag in releases)
+    return FORMATS.format(base) + (VERSIONS.format(version, base, listed) if listed else "")
+
+
 def set_links(app: Sphinx, config: Config) -> None:
     settings = read_settings()
     user, repo = settings["user"], settings["repo"]
+    releases = os.environ.get("RELEASES", "").split()
     config.html_baseurl = f"https://{user}.github.io/{repo}/"
     config.ogp_site_url = config.html_baseurl
     config.ogp_site_name = settings["title"]
@@ -50,7 +61,7 @@ def set_links(app: Sphinx, config: Config) -> None:
         "use_repository_button": True,
         "use_edit_page_button": True,
         "use_issues_button": True,
-        "extra_footer": FORMATS.format(config.html_baseurl),
+        "extra_footer": footer(config.html_baseurl, settings["version"], releases),
     }
 
 

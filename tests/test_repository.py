@@ -1,11 +1,14 @@
 "The files around the book agree with each other."
 
 import configparser
+import os
 import re
+import subprocess
 
+import project_links
 import pytest
 import yaml
-
+from bs4 import BeautifulSoup
 from conftest import ROOT
 
 GITHUB = ROOT / ".github"
@@ -58,10 +61,68 @@ def test_a_workflow_calls_what_the_makefile_has_and_ends(path):
     assert all(job.get("timeout-minutes", 0) <= 60 for job in flow["jobs"].values())
 
 
+def jobs(name: str) -> dict:
+    return yaml.safe_load((GITHUB / "workflows" / f"{name}.yml").read_text("utf-8"))["jobs"]
+
+
+def runs(steps: list[dict]) -> list[str]:
+    return [step["run"] for step in steps if "run" in step]
+
+
+def place(said: str, commands: list[str]) -> int:
+    "Of the only command that says this."
+    (found,) = [i for i, command in enumerate(commands) if said in command]
+    return found
+
+
 def test_a_release_has_passed_the_tests_and_has_the_version_of_its_tag():
-    flow = yaml.safe_load((GITHUB / "workflows" / "release.yml").read_text("utf-8"))
-    runs = [step.get("run", "") for step in flow["jobs"]["build"]["steps"]]
-    check = next(i for i, run in enumerate(runs) if "settings.ini" in run)
-    assert check < runs.index("make test") < next(i for i, r in enumerate(runs) if "build" in r)
-    assert flow["jobs"]["publish"]["needs"] == "build"
-    assert f"version = {settings()['version']}" in (ROOT / "settings.ini").read_text("utf-8")
+    flow = jobs("release")
+    built, after = runs(flow["build"]["steps"]), runs(flow["site"]["steps"])
+    wanted = ["settings.ini", "make test", "make pdf", "python -m build"]
+    assert sorted(wanted, key=lambda said: place(said, built)) == wanted
+    assert flow["publish"]["needs"] == "build" and flow["site"]["needs"] == "publish"
+    wanted = ["publish_colab", "gh release create", "gh workflow run book.yml"]
+    assert sorted(wanted, key=lambda said: place(said, after)) == wanted
+
+
+def test_a_release_has_notebooks_of_its_own():
+    version = settings()["version"]
+    own = "colab" if version.endswith(".dev0") else f"colab-{version}"
+    assert settings()["colab_branch"] == own
+
+
+GH = """#!/bin/sh
+case "$1 $2" in
+  "release list") echo "v0.2.0 v0.1.0";;
+  "release download") echo "<p>$3" > index.html; tar cz index.html;;
+esac
+"""
+
+
+def test_the_site_has_every_release_in_a_folder(tmp_path):
+    "The steps of the workflow, with a stand-in for GitHub's own command."
+    commands = runs(jobs("book")["book"]["steps"])
+    first, last = place("gh release list", commands), place("gh release download", commands)
+    assert first < place("make pdf", commands) < place("publish_colab", commands) < last
+    site = tmp_path / "_build" / "html"
+    site.mkdir(parents=True)
+    (tmp_path / "gh").write_text(GH)
+    (tmp_path / "gh").chmod(0o755)
+    known = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GITHUB_ENV": "env"}
+    subprocess.run(["bash", "-ec", commands[first]], cwd=tmp_path, env=known, check=True)
+    known |= dict(line.split("=") for line in (tmp_path / "env").read_text().splitlines())
+    subprocess.run(["bash", "-ec", commands[last]], cwd=tmp_path, env=known, check=True)
+    assert {x.parent.name: x.read_text().strip() for x in site.glob("*/index.html")} == {
+        "v0.1.0": "<p>v0.1.0", "v0.2.0": "<p>v0.2.0",
+    }  # fmt: skip
+
+
+def test_the_foot_of_a_page_leads_to_the_other_versions():
+    base = "https://po-book.github.io/po_book/"
+    assert "version" not in project_links.footer(base, "0.3.0.dev0", [])
+    foot = project_links.footer(base, "0.3.0.dev0", ["v0.2.0", "v0.1.0"])
+    links = [(a.text, a["href"]) for a in BeautifulSoup(foot, "html.parser").find_all("a")]
+    assert links[2:] == [
+        ("the newest", base), ("v0.2.0", f"{base}v0.2.0/"), ("v0.1.0", f"{base}v0.1.0/"),
+    ]  # fmt: skip
+    assert "This is version 0.3.0.dev0" in foot
