@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['GROUP_ADVANTAGES', 'LEAVE_ONE_OUT', 'INFORMATIVE', 'OVERLONG', 'SAMPLE_MEAN', 'TOKEN_MEAN', 'CONSTANT_MEAN',
-           'GRPO_LOSS', 'SEQUENCE_RATIO', 'CISPO', 'GROUPED']
+           'PART_OF_MEAN', 'MINIBATCH_ROWS', 'GRPO_LOSS', 'SEQUENCE_RATIO', 'CISPO', 'GROUPED']
 
 # %% ../nbs/62d_group_exercises.ipynb #3fb0644f
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from .exercise import CLIP, LOGP, Column, Exercise, Mistake
 from .exercise import arguments, choice
 from .dapo import informative, soft_overlong_penalty
 from .grpo import aggregate, group_advantages, grpo_loss, leave_one_out
+from .grpo import token_weights
 from .kl import kl_estimate
 from .lm_exercises import LONGER, SIZES, begins
 from .ppo import clipped_surrogate, ratio
@@ -164,6 +167,78 @@ CONSTANT_MEAN = _average(  # a sum over a constant
     max_len=choice(4, 5),
 )
 
+# %% ../nbs/62d_group_exercises.ipynb #aaab0aec
+def _part(x: Tensor, mask: Tensor, rows: Tensor, how: str = "token") -> Tensor:
+    "What some rows add to a mean over all."
+    return (token_weights(mask, how, dtype=x.dtype) * x)[rows].sum()
+
+# %% ../nbs/62d_group_exercises.ipynb #25c903eb
+PART_OF_MEAN = Exercise(
+    name="part_of_mean", chapter="48b", stars=1,
+    asks="what some rows [N] of x [N, L] add to the mean over all tokens of the batch",
+    right=lambda x, mask, rows: _part(x, mask, rows),
+    given=arguments({"N": (1, 3), "L": (1, 3)}, {
+        "x": Column("N L"), "mask": Column("N L", LONGER), "rows": Column("N", LONGER),
+    }, begins),
+    learns=("x",),
+    mistakes=(
+        Mistake("it is the mean over the tokens of the part: parts do not add up to it",
+                lambda x, m, rows: aggregate(x[rows], m[rows], "token")),
+        Mistake("every response counts the same: the mean was to be one over tokens",
+                lambda x, m, rows: _part(x, m, rows, "sample")),
+        Mistake("it is the mean of all rows: those outside the part count too",
+                lambda x, m, rows: aggregate(x, m, "token")),
+        Mistake("tokens outside the mask count too",
+                lambda x, m, rows: x[rows].sum() / m.sum()),
+        Mistake("it was divided by all places of the table, not by the tokens",
+                lambda x, m, rows: (x * m)[rows].sum() / x.numel()),
+        Mistake("it is a sum: it was not divided by the tokens of the batch",
+                lambda x, m, rows: (x * m)[rows].sum()),
+    ),
+)
+
+# %% ../nbs/62d_group_exercises.ipynb #b97b0c3b
+def _pieces(case: dict[str, Any]) -> dict[str, Any]:
+    "A true order, of as many prompts as can be cut into equal pieces."
+    drawn, parts = case["order"], case["minibatches"]
+    order = drawn[: len(drawn) // parts * parts].argsort(stable=True)
+    return case | {"order": order, "i": case["i"] % parts}
+
+
+def _rows(order, size, parts, i):
+    "Rows of a piece, those of a prompt together."
+    rows = torch.arange(len(order) * size).view(-1, size)
+    return rows[order].chunk(parts)[i].flatten()
+
+# %% ../nbs/62d_group_exercises.ipynb #f15af77c
+MINIBATCH_ROWS = Exercise(
+    name="minibatch_rows", chapter="48c", stars=2, axes=("place",),
+    asks="the rows of piece i, if prompts in this order are cut into minibatches",
+    right=lambda order, group_size, minibatches, i: _rows(
+        order, group_size, minibatches, i),
+    given=arguments({"P": (2, 4)}, {
+        "order": Column("P", choice(0, 1, 2, 3)), "group_size": choice(2, 3),
+        "minibatches": choice(1, 2), "i": choice(0, 1),
+    }, _pieces),
+    mistakes=(
+        Mistake("the order was not used",
+                lambda o, n, k, i: torch.arange(len(o) * n).chunk(k)[i]),
+        Mistake("rows of a prompt were taken to lie apart: they are adjacent",
+                lambda o, n, k, i: (
+                    o.chunk(k)[i][:, None] + torch.arange(n) * len(o)).flatten()),
+        Mistake("these are the numbers of the prompts, not of their rows",
+                lambda o, n, k, i: o.chunk(k)[i].repeat_interleave(n)),
+        Mistake("prompts at a distance were taken, not those that follow in the order",
+                lambda o, n, k, i: (
+                    o[i::k][:, None] * n + torch.arange(n)).flatten()),
+        Mistake("the order was turned round: it says which prompt comes first, not "
+                "where a prompt goes",
+                lambda o, n, k, i: _rows(o.argsort(), n, k, i)),
+        Mistake("pieces were counted from 1",
+                lambda o, n, k, i: _rows(o, n, k, i - 1)),
+    ),
+)
+
 # %% ../nbs/62d_group_exercises.ipynb #f8bbf3e7
 def _tokens(*names: str, **more) -> dict:
     "Log-probabilities of tokens, then what else there is."
@@ -260,5 +335,5 @@ CISPO = Exercise(
 # %% ../nbs/62d_group_exercises.ipynb #a6c1e798
 GROUPED = (  # of groups
     GROUP_ADVANTAGES, SAMPLE_MEAN, TOKEN_MEAN, CONSTANT_MEAN, GRPO_LOSS, OVERLONG,
-    INFORMATIVE, SEQUENCE_RATIO, CISPO, LEAVE_ONE_OUT,
+    INFORMATIVE, SEQUENCE_RATIO, CISPO, LEAVE_ONE_OUT, PART_OF_MEAN, MINIBATCH_ROWS,
 )
