@@ -148,12 +148,13 @@ JOINED_VARIANCE = Exercise(
     asks="variance of all rows from each process's n, mean, and squares around that",
     right=lambda n, means, squares: _variance(n, means, squares),
     given=arguments({"W": (1, 3)}, {
-        "n": Column("W", WEIGHTS), "means": Column("W"), "squares": Column("W", WEIGHTS),
+        "n": Column("W", WEIGHTS), "means": Column("W"),
+        "squares": Column("W", WEIGHTS),
     }),
     mistakes=(
         Mistake("the distances between the means are missing",
                 lambda n, m, s: s.sum() / n.sum()),
-        Mistake("the mean of all rows was taken for the plain mean of the means",
+        Mistake("the plain mean of the means was taken for the mean of all rows",
                 lambda n, m, s: (s + n * (m - m.mean()).square()).sum() / n.sum()),
         Mistake("every process got the same weight",
                 lambda n, m, s: _variance(torch.ones_like(n), m, s / n)),
@@ -177,7 +178,7 @@ ROW_OWNERS = Exercise(
     mistakes=(
         Mistake("steps were dealt out, not environments",
                 lambda r, n, W: r // n % W),
-        Mistake("environments were dealt out in turn; those of a process are neighbours",
+        Mistake("environments were dealt out in turn; a process has neighbours",
                 lambda r, n, W: r % n % W),
         Mistake("it is the number of the environment", lambda r, n, W: r % n),
         Mistake("the step is still in it: only the environment decides",
@@ -217,7 +218,7 @@ STALENESS = Exercise(
     mistakes=(
         Mistake("the update itself was counted: one right after the pull is not old",
                 lambda w: _ages(w) + 1),
-        Mistake("a first update counts as fresh: it is as old as all that came before it",
+        Mistake("a first update counts as fresh: all that came before it is its age",
                 lambda w: _ages(w) * _seen_before(w)),
         Mistake("workers have pulled once, at the start, and never again",
                 lambda w: torch.arange(len(w))),
