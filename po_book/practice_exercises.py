@@ -18,10 +18,12 @@ from .grpo import leave_one_out
 from .open_questions import shrunk_advantages
 
 # %% ../nbs/62f_practice_exercises.ipynb #cfe9e5c2
-def _shrunk(rewards: Tensor, share: float, elsewhere: Tensor) -> Tensor:
-    "Rewards less a mix of the others of the group and of what is elsewhere."
-    others = rewards - leave_one_out(rewards)
-    return rewards - share * others - (1 - share) * elsewhere
+def _shrunk(
+    rewards: Tensor, share: float, elsewhere: Tensor, group: Tensor | None = None
+) -> Tensor:
+    "Rewards less a mix of the group, by itself of its others, and what is elsewhere."
+    group = rewards - leave_one_out(rewards) if group is None else group
+    return rewards - share * group - (1 - share) * elsewhere
 
 
 def _elsewhere(rewards: Tensor) -> Tensor:
@@ -45,8 +47,8 @@ SHRUNK = Exercise(
     }),
     mistakes=(
         Mistake("the answer itself is in the mean of its group",
-                lambda r, n: r - (s := _share(r.shape[1] - 1, n))
-                * r.mean(1, keepdim=True) - (1 - s) * _elsewhere(r)),
+                lambda r, n: _shrunk(r, _share(r.shape[1] - 1, n), _elsewhere(r),
+                                     r.mean(1, keepdim=True))),
         Mistake("the prompt's own answers are in the mean that it is shrunk to",
                 lambda r, n: _shrunk(r, _share(r.shape[1] - 1, n), r.mean())),
         Mistake("the two shares are turned round",
@@ -75,6 +77,10 @@ def _gae_parts(
 def _size(bias: float, squares: float, noise: float) -> float:
     return hypot(bias, noise * sqrt(squares))
 
+
+def _added(bias: float, squares: float, noise: float) -> float:
+    return bias + noise * sqrt(squares)
+
 # %% ../nbs/62f_practice_exercises.ipynb #db622150
 GAE_SIZE = Exercise(
     name="gae_size", chapter="52a", stars=2,
@@ -87,8 +93,7 @@ GAE_SIZE = Exercise(
     }),
     mistakes=(
         Mistake("bias and deviation are added: their squares are",
-                lambda g, m, e, s, n: (p := _gae_parts(g * m, g, e, n))[0]
-                + s * sqrt(p[1])),
+                lambda g, m, e, s, n: _added(*_gae_parts(g * m, g, e, n), s)),
         Mistake("the root is missing", lambda g, m, e, s, n:
                 _size(*_gae_parts(g * m, g, e, n), s) ** 2),
         Mistake("the noise is added up by the weights, not by their squares",
