@@ -16,12 +16,14 @@ from .control_exercises import CONTROL
 from .foundation_exercises import FOUNDATIONS
 from .group_exercises import GROUPED
 from .lm_exercises import LANGUAGE
+from .practice_exercises import PRACTICE
 from .training_exercises import TRAINING
 
 # %% ../nbs/63_grade.ipynb #b00cba47
 EXERCISES: dict[str, Exercise] = {  # by name
     exercise.name: exercise
     for exercise in FOUNDATIONS + CONTROL + LANGUAGE + GROUPED + TRAINING
+    + PRACTICE
 }
 
 # %% ../nbs/63_grade.ipynb #093b9206

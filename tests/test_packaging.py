@@ -23,7 +23,7 @@ for module in pkgutil.iter_modules(po_book.__path__):
     except ImportError as error:
         assert "pip install 'po-book[grade]'" in str(error), error
         graded.add(module.name)
-kinds = "foundation", "control", "lm", "group", "training"
+kinds = "foundation", "control", "lm", "group", "training", "practice"
 assert graded == {"exercise", "grade", *(f"{x}_exercises" for x in kinds)}, graded
 unwanted = {"nbdev", "fastcore", "execnb", "pytest", "jupyter_book"} & set(sys.modules)
 assert not unwanted, unwanted

@@ -118,7 +118,7 @@ def test_the_site_has_every_release_in_a_folder(tmp_path):
 
 
 def test_the_foot_of_a_page_leads_to_the_other_versions():
-    base = "https://po-book.github.io/po_book/"
+    base = "https://example.org/book/"
     assert "version" not in project_links.footer(base, "0.3.0.dev0", [])
     foot = project_links.footer(base, "0.3.0.dev0", ["v0.2.0", "v0.1.0"])
     links = [(a.text, a["href"]) for a in BeautifulSoup(foot, "html.parser").find_all("a")]
