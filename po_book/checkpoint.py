@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from pickle import PicklingError, UnpicklingError
 from tempfile import TemporaryFile
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType
+from types import ModuleType
 from typing import IO, Any, BinaryIO
 from weakref import ref
 
@@ -332,6 +333,11 @@ def _is_open(x: Any) -> bool:
     owner = hasattr(x, "__del__") and not isinstance(x, gym.Env | VectorEnv)
     return hasattr(x, "__dict__") and not (slots or larger or owner)
 
+# %% ../nbs/33_checkpoint.ipynb #21d0be88
+def _has_ended(x: Any) -> bool:
+    "True for a generator that has given all it had."
+    return isinstance(x, GeneratorType) and x.gi_frame is None
+
 # %% ../nbs/33_checkpoint.ipynb #25a2d40d
 def _parts(x: Any) -> Any:
     "What `x` holds. Raises: `TypeError` if that is not all."
@@ -368,7 +374,10 @@ def _parts(x: Any) -> Any:
                 raise TypeError("it belongs to an array, which will be replaced")
             return {"of": of}
     fixed = EnvSpec | np.ndarray if isinstance(x, gym.Space) else EnvSpec
-    return {name: y for name, y in vars(x).items() if not isinstance(y, fixed)}
+    return {
+        name: y for name, y in vars(x).items()
+        if not (isinstance(y, fixed) or _has_ended(y))
+    }
 
 # %% ../nbs/33_checkpoint.ipynb #c9930d19
 def _fill(x: Any, parts: Any) -> Any:

@@ -179,7 +179,8 @@ def ddpg_loss(
     with torch.no_grad():
         follows = target.q(next_obs, target.mean(next_obs))
         targets = td_target(batch["rewards"], follows, batch["terminated"], gamma)
-    value_loss = mse_loss(policy.q(obs, batch["actions"]), targets)
+    values = policy.q(obs, batch["actions"])
+    value_loss = mse_loss(values, targets.to(values.dtype))
     policy.critic.requires_grad_(False)
     actor_loss = deterministic_policy_loss(policy.q, policy.mean, obs)
     policy.critic.requires_grad_(True)

@@ -119,7 +119,7 @@ def value_loss(
     """
     check_like("values", values, returns=returns, values_old=values_old)
     check_detached(returns=returns, values_old=values_old)
-    error = mse_loss(values, returns, reduction="none")
+    error = mse_loss(values, returns.to(values.dtype), reduction="none")
     if clip is None:
         return error / 2
     check_positive(clip=clip)

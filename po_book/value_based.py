@@ -168,7 +168,7 @@ def q_loss(
     require(actions.dtype == torch.int64, "actions", "int64", actions.dtype)
     check_detached(targets=targets)
     chosen = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    return mse_loss(chosen, targets) / 2
+    return mse_loss(chosen, targets.to(chosen.dtype)) / 2
 
 # %% ../nbs/15_value_based.ipynb #d4bf16b1
 @torch.no_grad()

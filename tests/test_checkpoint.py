@@ -302,6 +302,8 @@ MAKERS = {
     "same step": lambda env_id: SyncVectorEnv(
         [partial(wrapped, env_id)] * 3, autoreset_mode=AutoresetMode.SAME_STEP
     ),
+    # As gymnasium's own `make_vec` did it before 1.4; the environment keeps the generator.
+    "generator": lambda env_id: SyncVectorEnv(partial(wrapped, env_id) for _ in range(3)),
 }
 
 

@@ -423,6 +423,15 @@ def test_the_whole_loss_stays_finite(log_ratio):
     assert all(g.isfinite().all() for g in gradients)
 
 
+def test_a_critic_of_four_bytes_learns_from_targets_of_eight():
+    "For such a pair `mse_loss` of torch 2.11 has no gradient."
+    V = torch.zeros(3, requires_grad=True)
+    loss = value_loss(V, torch.ones(3, dtype=torch.float64))
+    (slope,) = torch.autograd.grad(loss.sum(), V)
+    assert loss.dtype == slope.dtype == torch.float32
+    close(slope, -torch.ones(3))
+
+
 # Value loss, entropy, explained variance
 
 def test_value_loss_without_a_clip_is_half_the_squared_error():

@@ -253,6 +253,14 @@ def test_bad_control_is_refused(change, name):
 # The loss
 
 
+def test_values_of_four_bytes_learn_from_targets_of_eight():
+    q = torch.zeros(2, 3, requires_grad=True)
+    loss = q_loss(q, torch.tensor([0, 1]), torch.ones(2, dtype=torch.float64))
+    (slope,) = torch.autograd.grad(loss, q)
+    assert loss.dtype == slope.dtype == torch.float32
+    close(slope.sum(-1), -torch.ones(2) / 2)
+
+
 def test_loss_and_gradient_by_hand():
     q = torch.tensor([[1.5, 7.0], [2.0, 4.0]], requires_grad=True)
     loss = q_loss(q, torch.tensor([0, 1]), torch.tensor([1.0, 1.0]))
