@@ -135,7 +135,9 @@ class Book:
     def mark(self, title: str, name: str, place: str = "", above=None):
         "A line of the outline, below `above`; only parts begin unfolded."
         page = self.spans[name][self.places[name].get(place, (0, 0))[0]]
-        return self.writer.add_outline_item(title, page, parent=above, is_open=above is None)
+        return self.writer.add_outline_item(
+            title=title, page_number=page, parent=above, is_open=above is None
+        )
 
     def outline(self, part: Part) -> None:
         above = self.mark(part.caption, part.chapters[0].name) if part.caption else None
