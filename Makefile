@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 # The tensors are small: a second thread would mostly wait, and longer on a busy machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: book serve colab colab-test pdf test gpu lock clean
+.PHONY: book serve colab colab-test oldest-test pdf test gpu lock clean
 
 book: $(INSTALLED)
 	$(BIN)/nbdev_export
@@ -34,6 +34,14 @@ colab-test: colab
 	$(PYTHON) -m venv --clear _build/colab-env
 	_build/colab-env/bin/pip install -q -r benchmarks/colab.txt
 	_build/colab-env/bin/python benchmarks/colab.py _build/colab/*.ipynb
+
+# All of them with the oldest releases that settings.ini allows.
+oldest-test: colab
+	$(PYTHON) -m venv --clear _build/oldest-env
+	$(BIN)/uv pip install -q --python _build/oldest-env/bin/python --resolution lowest-direct \
+		".[agents,demos,grade,math,peft,video]"
+	$(BIN)/uv pip install -q --python _build/oldest-env/bin/python ipykernel nbclient nbformat pip
+	_build/oldest-env/bin/python benchmarks/colab.py _build/colab/*.ipynb
 
 # The tests look at the built book. The longest chapters have been run by the build, which
 # stops at a cell that fails; `nbdev_test` without the pattern runs them once more.
