@@ -53,6 +53,8 @@ FAULTS = [
     Fault("clip-fraction", "ppo.py", "(rho != rho.clamp(1 - clip_low, 1 + clip_high))", "(rho != rho.clamp(1 - clip_low, 1 + clip_low))", "test_ppo.py"),
     Fault("clip-low", "ppo.py", "return torch.minimum(rho * advantages, rho.clamp(1 - low, 1 + high)", "return torch.minimum(rho * advantages, rho.clamp(1 - high, 1 + high)", "test_ppo.py"),
     Fault("value-clip", "ppo.py", "return torch.maximum(error, (near - returns) ** 2) / 2", "return (near - returns) ** 2 / 2", "test_ppo.py"),
+    Fault("value-dtype", "ppo.py", "returns.to(values.dtype)", "returns", "test_ppo.py -k four"),
+    Fault("q-dtype", "value_based.py", "targets.to(chosen.dtype)", "targets", "test_value_based.py -k four"),
     # Policies
     Fault("gain-swapped", "policies.py", "scale = gain if last else math.sqrt(2)", "scale = math.sqrt(2) if last else gain", "test_policies.py"),
     Fault("actor-gain", "policies.py", "actor = network(obs_dim, hidden, out_dim, 0.01, generator)", "actor = network(obs_dim, hidden, out_dim, 1.0, generator)", "test_policies.py"),
@@ -250,6 +252,7 @@ FAULTS = [
     Fault("read-back", "checkpoint.py", "        load_checkpoint(part)\n", "", "test_checkpoint.py"),
     Fault("checksum", "checkpoint.py", '.hexdigest() != digest:', '.hexdigest() == "":', "test_checkpoint.py"),
     Fault("code-in-file", "checkpoint.py", "weights_only=True", "weights_only=False", "test_checkpoint.py"),
+    Fault("ended-kept", "checkpoint.py", "isinstance(x, GeneratorType) and x.gi_frame is None", "False", "test_checkpoint.py -k generator"),
     Fault("part-stays", "checkpoint.py", "            _remove(part)", "            pass", "test_checkpoint.py"),
     Fault("full-unsaid", "checkpoint.py", 'hint = ": the disk is full, make room" if full else ""', 'hint = ""', "test_checkpoint.py"),
     Fault("full-torch", "checkpoint.py", "for said in error, error.__context__:", "for said in (error,):", "test_checkpoint.py"),
