@@ -117,7 +117,7 @@ FAULTS = [
     Fault("search-back", "natural_gradient.py", "            _place(params, start)\n    return", "            pass\n    return", "test_natural_gradient.py"),
     Fault("natural-length", "natural_gradient.py", "sqrt(2 * max_kl / curvature)", "sqrt(max_kl / curvature)", "test_natural_gradient.py"),
     Fault("greedy-share", "value_based.py", "epsilon / q.shape[-1]", "epsilon / (q.shape[-1] - 1)", "test_value_based.py -k greedy"),
-    Fault("q-half", "value_based.py", "return mse_loss(chosen, targets) / 2", "return mse_loss(chosen, targets)", "test_value_based.py -k loss"),
+    Fault("q-half", "value_based.py", "return mse_loss(chosen, targets.to(chosen.dtype)) / 2", "return mse_loss(chosen, targets.to(chosen.dtype))", "test_value_based.py -k loss"),
     Fault("soft-share", "value_based.py", "torch._foreach_lerp_(old, new, tau)", "torch._foreach_lerp_(old, new, 1 - tau)", "test_value_based.py -k target or soft"),
     Fault("weighted-total", "off_policy.py", "return estimates.sum() / total", "return estimates.mean()", "test_off_policy.py"),
     Fault("ess-scale", "off_policy.py", "share = weights / largest", "share = weights", "test_off_policy.py"),
