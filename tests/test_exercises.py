@@ -42,6 +42,10 @@ CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit() and not p.stem.endswith(
 def test_a_chapter_asks_to_write_to_predict_and_to_find(path):
     kinds = {exercise_index.TITLE.fullmatch(one.title)[1] for one in listed(path)}
     assert {"Write it yourself", "Predict, then run", "Find the bug"} <= kinds
+    text = "\n".join("".join(x["source"]) for x in json.loads(path.read_text("utf-8"))["cells"])
+    _, *asked = re.split(r"\{exercise\} (?=Write it yourself)", text)
+    skeletons = [re.split(r"\{exercise\} |\{solution\} ", x)[0] for x in asked]
+    assert any("..." in x and "{dropdown} Hint" in x for x in skeletons)
 
 
 def test_every_exercise_that_is_graded_is_asked_for_in_a_chapter():
