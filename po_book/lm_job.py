@@ -159,6 +159,7 @@ def outline(
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()  # transformers 5.0 does not do it here
             return add_adapters(model, lora) if lora else model
     except (OSError, ValueError):
         return None
