@@ -17,6 +17,7 @@
 
   addEventListener('DOMContentLoaded', () => {
     const article = document.querySelector('.bd-article');
+    if (!article) return;  // the page of the search
     const all = () => look(article.querySelectorAll('.math'));
     all();
     contents.observe(article, { childList: true, subtree: true });

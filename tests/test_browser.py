@@ -69,6 +69,7 @@ def test_a_page_renders_without_errors_alone_and_on_a_phone(opened, name):
     tab.wait_for_function(STOPS_WHERE_IT_SCROLLS)
     assert errors == [] and elsewhere == []
     tab.set_viewport_size({"width": 375, "height": 700})
+    tab.evaluate("document.querySelectorAll('article details').forEach(x => { x.open = true; })")
     tab.wait_for_function(STOPS_WHERE_IT_SCROLLS)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 375
     assert tab.evaluate(PAST_THE_EDGE) == []

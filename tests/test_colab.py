@@ -42,7 +42,7 @@ def cells(name: str, kind: str) -> list[nbformat.NotebookNode]:
 def prose(name: str) -> str:
     "All text, without the code that stands in it."
     text = "\n\n".join(cell.source for cell in cells(name, "markdown"))
-    return re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.M | re.S)
+    return re.sub(r"^[> ]*(`{3,}).*?^[> ]*\1", "", text, flags=re.M | re.S)
 
 
 def links(text: str) -> list[str]:
