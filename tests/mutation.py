@@ -290,6 +290,7 @@ FAULTS = [
     Fault("dqn-epsilon", "memory.py", "max(config.epsilon, 1 - explored * (1 - config.epsilon))", "1.0", "test_train.py -k exploration"),
     Fault("dqn-lr", "memory.py", "    learner.set_lr(config.lr * remaining)\n", "", "test_train.py -k rate_each"),
     Fault("ddpg-sigma", "memory.py", "learner.set(sigma=1.0 if fresh else config.sigma)", "learner.set(sigma=1.0)", "test_train.py -k exploration"),
+    Fault("ddpg-dtype", "memory.py", "targets.to(values.dtype)", "targets", "test_train.py -k eight_bytes"),
     Fault("ddpg-critic", "memory.py", "    policy.critic.requires_grad_(False)\n", "", "test_train.py -k own_end"),
     Fault("memory-valid", "memory.py", "rollout.transitions(name) for", "getattr(rollout, name).flatten(0, 1) for", "test_train.py -k memory_holds"),
     # Many machines

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bs4 import BeautifulSoup
+from conftest import ROOT
 
 import po_book
 from po_book import dapo, grpo, kl, mismatch, open_questions, ppo, surrogates
@@ -78,8 +79,10 @@ def test_the_right_answer_passes(name):
 
 
 def test_the_exercises_that_were_promised():
-    assert len(OWN) == 32 and OWN.keys() <= EXERCISES.keys() and len(EXERCISES) >= 40
+    assert len(OWN) == 32 and OWN.keys() <= EXERCISES.keys() and len(EXERCISES) >= 66
     assert all(3 <= len(x.mistakes) for x in EXERCISES.values())
+    said = f"{len(EXERCISES)} exercises with {len(MISTAKES)} typical mistakes"
+    assert said in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name, i", MISTAKES, ids=[f"{name}-{i}" for name, i in MISTAKES])

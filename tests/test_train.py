@@ -220,6 +220,16 @@ def test_ddpg_loss_trains_each_network_for_its_own_end():
     assert all(p.requires_grad for p in policy.critic.parameters())
 
 
+def test_ddpg_learns_from_rewards_of_eight_bytes():
+    env = vector("Pendulum-v1")
+    policy, target = (make_deterministic_policy(env, (8,), torch.Generator().manual_seed(i)) for i in (0, 1))
+    batch = remembered(torch.linspace(-2, 2, 6)[:, None])
+    loss, _ = ddpg_loss(policy, target, batch | {"rewards": batch["rewards"].double()}, 0.9)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in policy.critic.parameters())
+
+
 def test_the_copy_follows_and_the_memory_holds_transitions_only():
     config = SMALL["dqn"]
     learner = new_learner("CartPole-v1", 0, config)
